@@ -20,7 +20,7 @@ class Row:
     """One number, or one number's absence with the reason.
 
     `value` is None exactly when `reason` is given. `stderr`, `low` and `high` (95 %) are None when no error was
-    estimated. `layer` and `layer_to` are 0-based. Raises ValueError for NaN, infinity, or a value and a reason together.
+    estimated. `layer` and `layer_to` are 0-based. Raises ValueError for NaN, infinity, or both a value and a reason.
     """
 
     metric: str

@@ -1,0 +1,201 @@
+"""Temporary changes of a model: context managers that restore everything, also after an exception."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from transect.errors import InputError
+from transect.view.capture import site_value
+from transect.view.layout import Tap
+from transect.view.order import reordered
+from transect.view.sites import ELEMENTS
+from transect.view.walk import Use, Walk
+
+if TYPE_CHECKING:
+    from transect.view.view import View
+
+Function = Callable[[Tensor], Tensor]
+"""From [batch, positions, width of the source site] to [batch, positions, width of the target site]."""
+
+PARTS = ("attn", "ffn", "head", "layer")
+RESIDUALS = ("attn", "ffn", "both")
+
+
+def order(view: "View", layers: Sequence[int]) -> AbstractContextManager[None]:
+    """Run the named layers in the given order, with repeats and omissions; whole layers move with their norms.
+
+    h = embed(tokens); for l in layers: h = layer[l](h); logits = head(h). The config's layer count, per-layer lists and
+    cache indices follow; `view.executed` says what runs, and a pass that runs anything else raises OrderError.
+    Raises InputError for a layer that does not exist or an empty order. Source: arXiv 2101.04547, layer orders.
+    """
+    return reordered(view, tuple(layers))
+
+
+def swap(view: "View", first: int, second: int) -> AbstractContextManager[None]:
+    """Exchange two layers; swapping twice restores. Raises InputError for a layer that does not exist."""
+    _check_layer(view, first)
+    _check_layer(view, second)
+    layers = list(range(view.num_layers))
+    layers[first], layers[second] = second, first
+    return reordered(view, tuple(layers))
+
+
+def repeat(view: "View", layer: int, times: int) -> AbstractContextManager[None]:
+    """Run one layer `times` times in a row where it stands; 1 changes nothing, 0 leaves it out."""
+    _check_layer(view, layer)
+    if times < 0:
+        raise InputError(f"times is {times}; a layer can be run 0 or more times")
+    layers = range(view.num_layers)
+    return reordered(view, tuple(other for l in layers for other in [l] * (times if l == layer else 1)))
+
+
+@contextmanager
+def remove(view: "View", part: str, layer: int, head: int | None = None) -> Iterator[None]:
+    """Make one part of a layer add exactly zero to the stream, or leave the whole layer out.
+
+    `attn` and `ffn`: the branch is 0, the residual and the norms stay (post-norm: x' = LN(u); pre-norm: x' = u).
+    `head`: its slice of `heads_out` is 0. `layer`: the stream passes the layer unchanged, norms included.
+    Raises InputError for an unknown part, a layer without it, or a head out of range.
+    Source: arXiv 2101.04547, removal; difference: exact zero, where the paper's code leaves frozen noise.
+    """
+    if part not in PARTS:
+        raise InputError(f"unknown part {part!r}; parts are {', '.join(PARTS)}")
+    _check_layer(view, layer)
+    if part == "layer":
+        with reordered(view, tuple(other for other in range(view.num_layers) if other != layer)):
+            yield
+        return
+    site = "heads_out" if part == "head" else f"{part}_out"
+    tap = _tap(view, layer, site)
+    if part == "head":
+        heads = view.model.config.num_attention_heads
+        if head is None or not 0 <= head < heads:
+            raise InputError(f"head is {head}; layer {layer} has heads 0 to {heads - 1}")
+        use = _without_head(head, heads)
+    else:
+        use = _zero
+    with _tapped(view, layer, [(tap, use)]):
+        yield
+
+
+@contextmanager
+def replace(view: "View", element: str, layer: int, function: Function) -> Iterator[None]:
+    """Compute one element of a layer by another module or function.
+
+    The element's source site goes into `function` and its target site becomes the result; residuals and norms around
+    it stay. Raises InputError for an unknown element, a layer without its sites, and, during the pass, for a result of
+    another shape. Cost: the original element still runs.
+    """
+    if element not in ELEMENTS:
+        raise InputError(f"unknown element {element!r}; elements are {', '.join(ELEMENTS)}")
+    _check_layer(view, layer)
+    chosen = ELEMENTS[element]
+    for site in chosen.sites:
+        _tap(view, layer, site)
+    known = view.maps[layer]
+    via_attn = chosen.target == "resid_mid" and known.mid_norm is None
+    target = "attn_out" if via_attn else chosen.target
+    less_source = chosen.add is not None or via_attn
+    source: list[Tensor] = []
+    shape: list[tuple[int, int]] = []
+
+    def begin(_: int, tensor: Tensor) -> None:
+        shape[:] = [(tensor.shape[0], tensor.shape[1])]
+
+    def remember(place: int, tensor: Tensor) -> None:
+        source[:] = [site_value(chosen.source, place, known.taps[chosen.source], tensor, shape[0])]
+
+    def write(scale: float) -> Use:
+        def use(_: int, tensor: Tensor) -> Tensor:
+            new = function(source[0])
+            if new.shape[:2] != shape[0] or new.numel() != tensor.numel():
+                raise InputError(
+                    f"replacement of {element} in layer {layer} gives {tuple(new.shape)}, the model expects "
+                    f"{(*shape[0], tensor.shape[-1])}"
+                )
+            new = new - source[0] if less_source else new
+            return (new / scale).reshape(tensor.shape).to(tensor.dtype)
+
+        return use
+
+    uses: list[tuple[Tap, Use]] = [(known.taps["resid"], begin), (known.taps[chosen.source], remember)]
+    uses += [(tap, write(tap.scale)) for tap in known.readers.get(target) or (known.taps[target],)]
+    with _tapped(view, layer, uses):
+        yield
+
+
+@contextmanager
+def scale_residual(view: "View", layer: int, weight: float, residual: str = "both") -> Iterator[None]:
+    """Weight the residual of a layer's sub-layers: stream = weight * x + branch; 0 cancels it.
+
+    `residual` is `attn`, `ffn` or `both`; a parallel layer has one, changed by any of them. A cancelled residual belongs
+    to the layer and moves with it. Raises InputError for an unknown residual or a layer without the sub-layer.
+    Source: arXiv 2101.04547, cancelled skips (g_att, g_ffn). Rounding: the branch becomes branch + (weight - 1) x.
+    """
+    if residual not in RESIDUALS:
+        raise InputError(f"unknown residual {residual!r}; allowed are {', '.join(RESIDUALS)}")
+    _check_layer(view, layer)
+    known = view.maps[layer]
+    uses: list[tuple[Tap, Use]] = []
+    pairs = [("resid", "attn_out"), ("resid_mid", "ffn_out")]
+    if known.parallel or len(known.sublayers) == 1:
+        pairs = [("resid", f"{known.sublayers[0]}_out")]
+    elif residual != "both":
+        pairs = [pair for pair in pairs if pair[1].startswith(residual)]
+    for stream_site, branch_site in pairs:
+        kept: list[Tensor] = []
+        stream_tap, branch_tap = _tap(view, layer, stream_site), _tap(view, layer, branch_site)
+        uses.append((stream_tap, _remember(kept)))
+        uses.append((branch_tap, _weighted(kept, weight - 1, branch_tap.scale)))
+    with _tapped(view, layer, uses):
+        yield
+
+
+def _remember(kept: list[Tensor]) -> Callable[[int, Tensor], None]:
+    def use(_: int, tensor: Tensor) -> None:
+        kept[:] = [tensor.clone()]
+
+    return use
+
+
+def _weighted(kept: list[Tensor], extra: float, scale: float) -> Callable[[int, Tensor], Tensor]:
+    return lambda _, tensor: tensor + (extra / scale) * kept[0].reshape(tensor.shape)
+
+
+def _zero(_: int, tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor)
+
+
+def _without_head(head: int, heads: int) -> Callable[[int, Tensor], Tensor]:
+    def use(_: int, tensor: Tensor) -> Tensor:
+        width = tensor.shape[-1] // heads
+        kept = tensor.clone()
+        kept[..., head * width : (head + 1) * width] = 0
+        return kept
+
+    return use
+
+
+@contextmanager
+def _tapped(view: "View", layer: int, uses: list[tuple[Tap, Use]]) -> Iterator[None]:
+    """Use or replace tensors at taps of one layer; the change moves with the layer."""
+    loaded = view.executed[layer]
+    with Walk(view) as walk:
+        for tap, use in uses:
+            walk.tap(loaded, tap, use)
+        yield
+
+
+def _tap(view: "View", layer: int, site: str) -> Tap:
+    known = view.maps[layer]
+    if site not in known.taps:
+        raise InputError(f"layer {layer} of {view.name} has no {site}: {known.missing.get(site, 'no such site')}")
+    return known.taps[site]
+
+
+def _check_layer(view: "View", layer: int) -> None:
+    if not 0 <= layer < view.num_layers:
+        raise InputError(f"layer {layer} does not exist; {view.name} has layers 0 to {view.num_layers - 1}")

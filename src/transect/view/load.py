@@ -1,0 +1,160 @@
+"""Load a model and its tokenizer from a folder, the hub, a GGUF file or a run folder; every failure in one line."""
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+
+from transect.errors import InputError
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model with what is known of where it came from."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+    revision: str | None
+    notes: tuple[str, ...] = ()
+
+
+def load_model(
+    source: Any, revision: str | None, dtype: str | torch.dtype | None, device: str, trust_remote_code: bool
+) -> Loaded:
+    """Load what `View.load` takes; raises InputError naming the source and what to do."""
+    kind = _dtype(dtype)
+    if isinstance(source, PreTrainedModel):
+        model = source if kind is None else source.to(kind)
+        return Loaded(_placed(model, device, live=True), None, source.config._name_or_path or "model", revision)
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"cannot load a {type(source).__name__}; give a folder, a hub id, a GGUF file or a model")
+    where = _located(str(source), revision)
+    kind = torch.float32 if kind is None else kind
+    try:
+        model, tokenizer = _read(where, kind, trust_remote_code)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"cannot load {source}: {first}") from error
+    return Loaded(_placed(model, device, live=False), tokenizer, where.name, where.label, where.notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    path: str
+    name: str
+    revision: str | None = None
+    label: str | None = None
+    gguf: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _located(source: str, revision: str | None) -> _Where:
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"no file {source}; give a GGUF file, a model folder or a hub id")
+        return _gguf(path)
+    if not path.is_dir():
+        if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise InputError(f"no model folder {source}; give a folder with config.json, a hub id or a GGUF file")
+        return _Where(source, source, revision, revision)
+    if (path / "checkpoints").is_dir():
+        return _run_folder(path, revision)
+    if (path / "config.json").is_file():
+        notes, label = _provenance(path)
+        return _Where(str(path), path.resolve().name, None, revision or label, None, notes)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return _gguf(files[0])
+    raise InputError(f"{source} is not a model folder: it has no config.json, no single .gguf file and no checkpoints/")
+
+
+def _gguf(path: Path) -> _Where:
+    note = f"weights of {path.name} are quantised values made dense"
+    return _Where(str(path.parent), path.stem, None, None, path.name, (note,))
+
+
+def _run_folder(path: Path, revision: str | None) -> _Where:
+    """A run folder's checkpoint: the one named by `revision`, else the one with the highest number."""
+    found = {entry.name: entry for entry in (path / "checkpoints").iterdir() if (entry / "config.json").is_file()}
+    if not found:
+        raise InputError(f"{path}/checkpoints holds no checkpoint with a config.json")
+    if revision is not None and revision not in found:
+        raise InputError(f"{path} has no checkpoint {revision!r}; it has {', '.join(sorted(found))}")
+    last = max(found, key=lambda name: (int("".join(c for c in name if c.isdigit()) or 0), name))
+    chosen = revision or last
+    return _Where(str(found[chosen]), path.resolve().name, None, chosen)
+
+
+def _provenance(path: Path) -> tuple[tuple[str, ...], str | None]:
+    """The notes and label in a folder's `provenance.json`, where it has one."""
+    file = path / "provenance.json"
+    if not file.is_file():
+        return (), None
+    record = json.loads(file.read_text(encoding="utf-8"))
+    label = f"{record['package']}=={record['version']} sha256:{record['sha256'][:16]}"
+    return ((record["note"],) if record.get("note") else ()), label
+
+
+def _read(where: _Where, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
+    extra: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if where.revision:
+        extra["revision"] = where.revision
+    if where.gguf:
+        extra["gguf_file"] = where.gguf
+    config = AutoConfig.from_pretrained(where.path, **extra)
+    if dtype == torch.float64:  # fused experts refuse float64
+        config._experts_implementation = "eager"
+    model_class = _model_class(config, trust_remote_code)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=DeprecationWarning)
+        model = model_class.from_pretrained(where.path, config=config, dtype=dtype, **extra)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where.path, **extra)
+        except (OSError, ValueError, KeyError, AttributeError):  # a model without a tokenizer takes token ids
+            tokenizer = None
+    return model, tokenizer
+
+
+def _model_class(config: Any, trust_remote_code: bool) -> Any:
+    """The class the checkpoint was saved as, so that its head comes along and nothing is made up."""
+    architectures = getattr(config, "architectures", None) or []
+    named = getattr(transformers, architectures[0], None) if architectures else None
+    if named is not None:
+        return named
+    if trust_remote_code:
+        maps = getattr(config, "auto_map", {})
+        for auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel"):
+            if auto in maps:
+                return getattr(transformers, auto)
+    return AutoModel
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; allowed are {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _placed(model: PreTrainedModel, device: str, live: bool) -> PreTrainedModel:
+    if device == "auto":
+        if live or not torch.cuda.is_available():
+            return model
+        device = "cuda"
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,208 @@
+"""View: a model, its tokenizer and its map, seen through sites that were proven when it was made."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from transect.errors import InputError
+from transect.view import adapters
+from transect.view.capture import Capture, capture
+from transect.view.discover import discover, no_cache
+from transect.view.layout import LayerMap, Tap
+from transect.view.prove import Proof, prove
+
+Adapter = Mapping[str, Tap]
+
+
+class View:
+    """A proven model: `View(model)` or `View.load(...)`; layers, sites, edits and captures go through it.
+
+    `layers` and `maps` follow the executed order, also inside an edit. `executed` holds, for each place in that order,
+    the 0-based layer of the model as it was loaded.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+        adapter: Adapter | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        """Find the model's parts and prove them.
+
+        `adapter` maps sites to taps that replace the ones found, in every layer. Raises InputError when the layers
+        cannot be found, an identity does not hold, or a weight is not finite.
+        """
+        self.model = model.eval()
+        self.base: nn.Module = model.base_model
+        self.tokenizer = tokenizer
+        self.name = name or model.config._name_or_path or type(model).__name__
+        self.revision = revision
+        self.notes = notes
+        _refuse_nan(self.name, model)
+        ids = self._random_ids(0, 7)
+        found = discover(self.base, ids)
+        self.container = found.container
+        self.final_norm_path = found.final_norm
+        self.width = found.width
+        changes = dict(adapters.find(model.config.model_type)) | dict(adapter or {})
+        self.maps: list[LayerMap] = [known.with_taps(_fitting(known, changes)) for known in found.layers]
+        modules = list(self.base.get_submodule(self.container).children())
+        self.modules: list[int] = list(found.executed)
+        self.layers: list[nn.Module] = [modules[index] for index in found.executed]
+        self.executed: list[int] = list(range(len(self.layers)))
+        self.proof: Proof = prove(self, self._random_ids(1, 11))
+
+    @staticmethod
+    def load(
+        source: Any,
+        revision: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str = "auto",
+        *,
+        tokenizer: Any = None,
+        adapter: Adapter | None = None,
+        trust_remote_code: bool = False,
+    ) -> "View":
+        """A view of a folder, hub id, GGUF file, run folder or live `PreTrainedModel`.
+
+        `dtype` None means float32 for files and "as it is" for a live model. Raises InputError in one line for
+        whatever cannot be loaded or proven. `trust_remote_code` runs code that comes with the checkpoint.
+        """
+        from transect.view.load import load_model
+
+        loaded = load_model(source, revision, dtype, device, trust_remote_code)
+        return View(
+            loaded.model,
+            tokenizer if tokenizer is not None else loaded.tokenizer,
+            name=loaded.name,
+            revision=loaded.revision,
+            adapter=adapter,
+            notes=loaded.notes,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Layers in the executed order; an edit may change it."""
+        return len(self.layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the residual stream."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model ends in logits over the vocabulary."""
+        return self.model.get_output_embeddings() is not None
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm between resid[L] and the head; None where there is none, as in post-norm encoders."""
+        return None if self.final_norm_path is None else self.base.get_submodule(self.final_norm_path)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence the model takes, where its config says so."""
+        config = self.model.config
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
+            limit -= (config.pad_token_id or 0) + 1
+        return limit
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The residual layout of each layer."""
+        return tuple(known.layout for known in self.maps)
+
+    def layer_path(self, layer: int) -> str:
+        """The module path of a layer in the whole model."""
+        prefix = getattr(self.model, "base_model_prefix", "") if self.base is not self.model else ""
+        return ".".join(part for part in (prefix, self.container, str(self.modules[layer])) if part)
+
+    def capture(self, sites: tuple[str, ...] | list[str], layers: Any = None) -> AbstractContextManager[Capture]:
+        """Capture the named sites of the named layers in the forward passes of the block; see `view.capture`."""
+        return capture(self, sites, layers)
+
+    def run(self, ids: Tensor, mask: Tensor | None = None, *, head: bool = False) -> Tensor:
+        """One forward pass of right-padded [batch, positions] ids: logits with `head`, else the last hidden state.
+
+        The cache is off; gradients are the caller's choice. Models without a head give the last hidden state.
+        """
+        target = self.model if head and self.has_head else self.base
+        attention = None if mask is None or bool(mask.all()) else mask.to(self.device, torch.long)
+        output = target(input_ids=ids.to(self.device), attention_mask=attention, **no_cache(target))
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            logits = getattr(output, "prediction_logits", None)
+        if head and logits is not None:
+            return logits
+        hidden = getattr(output, "last_hidden_state", None)
+        return hidden if hidden is not None else output[0]
+
+    def logits(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits [batch, positions, vocabulary] without gradients, for padding on any side.
+
+        Rows are moved to the left before the pass and back after it; positions that are padding hold 0. Raises
+        InputError for ids out of range or a model without a head.
+        """
+        if not self.has_head:
+            raise InputError(f"{self.name} has no head, so there are no logits; load a checkpoint with its head")
+        self.check_ids(ids)
+        with torch.no_grad():
+            if mask is None:
+                return self.run(ids, head=True)
+            mask = mask.to(ids.device).bool()
+            order = torch.argsort(~mask, dim=1, stable=True)
+            packed = self.run(ids.gather(1, order), mask.gather(1, order), head=True)
+            back = torch.argsort(order, dim=1).to(packed.device)
+            logits = packed.gather(1, back[..., None].expand_as(packed))
+            return logits.masked_fill(~mask.to(packed.device)[..., None], 0)
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise InputError when a token id is outside the model's vocabulary."""
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise InputError(
+                f"token id {wrong} is out of range for {self.name}: allowed are 0 to {self.vocab_size - 1}; "
+                "use the tokenizer this model was trained with"
+            )
+
+    def _random_ids(self, seed: int, positions: int) -> Tensor:
+        """Random ids [2, positions], distinct within a row where the vocabulary allows, without special tokens."""
+        special = set(getattr(self.model.config, name, None) for name in ("pad_token_id", "bos_token_id"))
+        allowed = torch.tensor([token for token in range(min(self.vocab_size, 5000)) if token not in special])
+        generator = torch.Generator().manual_seed(seed)
+        picks = torch.stack([torch.randperm(len(allowed), generator=generator)[:positions] for _ in range(2)])
+        return allowed[picks].to(self.device)
+
+
+def _fitting(known: LayerMap, changes: Mapping[str, Tap]) -> dict[str, Tap]:
+    return {site: replace(tap) for site, tap in changes.items() if site in known.taps or site in known.missing}
+
+
+def _refuse_nan(name: str, model: nn.Module) -> None:
+    for path, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise InputError(
+                f"{name}: weight {path} holds NaN or infinity; the checkpoint is damaged, load another one"
+            )

@@ -1,0 +1,138 @@
+"""Know which executed layer a module call belongs to, and that every layer runs once and in the order expected."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor, nn
+
+from transect.view.layout import Tap
+from transect.view.tensors import inputs, parts, put
+
+if TYPE_CHECKING:
+    from transect.view.view import View
+
+Use = Callable[[int, Tensor], Tensor | None]
+"""Called with the place in the executed order and the tensor at a tap; a tensor it returns takes its place."""
+
+
+class OrderError(RuntimeError):
+    """The model ran other layers than expected, or a site did not fire exactly once."""
+
+
+def _nothing(place: int) -> None:
+    """Do nothing on entering or leaving a layer."""
+
+
+class Walk:
+    """Hooks that follow each forward pass layer by layer and raise OrderError when it leaves the expected order.
+
+    A layer is keyed by its place in the executed order, not by its module: a model that shares one module over all
+    layers fires the same hooks for each of them.
+    """
+
+    def __init__(
+        self, view: "View", on_enter: Callable[[int], None] = _nothing, on_exit: Callable[[int], None] = _nothing
+    ) -> None:
+        self.view = view
+        self.place = -1
+        self._on_enter = on_enter
+        self._on_exit = on_exit
+        self._stack = ExitStack()
+        self._passes = 0
+
+    def __enter__(self) -> Self:
+        self._keep(self.view.base.register_forward_pre_hook(self._start))
+        self._keep(self.view.base.register_forward_hook(self._finish))
+        for module in self._modules():
+            self._keep(module.register_forward_pre_hook(self._enter))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def leave_last(self) -> None:
+        """Call `on_exit` when a layer is done; call this after every `tap`, so that the taps fire before it."""
+        for module in self._modules():
+            self._keep(module.register_forward_hook(self._leave))
+
+    def tap(self, layer: int, tap: Tap, use: Use) -> None:
+        """Use the tensor that passes at a tap of a layer of the loaded model, wherever an edit has moved the layer.
+
+        `use` sees and returns the raw tensor: without the tap's scale and in the module's own shape.
+        """
+        owners = {id(m): m for m, loaded in zip(self.view.layers, self.view.executed, strict=True) if loaded == layer}
+        for owner in owners.values():
+            module = owner.get_submodule(tap.module)
+            hook = self._before(layer, tap, use) if tap.side == "in" else self._after(layer, tap, use)
+            if tap.side == "in":
+                self._keep(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                self._keep(module.register_forward_hook(hook))
+
+    def _before(self, layer: int, tap: Tap, use: Use) -> Callable:
+        turn = self._turns(layer, tap)
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            new = use(self.place, inputs(args, kwargs)[tap.key]) if turn() else None
+            if new is None:
+                return None
+            if isinstance(tap.key, str):
+                return args, kwargs | {tap.key: new}
+            return tuple(new if index == tap.key else item for index, item in enumerate(args)), kwargs
+
+        return hook
+
+    def _after(self, layer: int, tap: Tap, use: Use) -> Callable:
+        turn = self._turns(layer, tap)
+
+        def hook(module: nn.Module, args: tuple, output: object) -> object:
+            new = use(self.place, parts(output)[tap.key]) if turn() else None
+            return None if new is None else put(output, tap.key, new)
+
+        return hook
+
+    def _turns(self, layer: int, tap: Tap) -> Callable[[], bool]:
+        """Whether this call is the tap's: of the layer, and the nth of its module in this pass through the layer."""
+        taps = next(m.taps for m, loaded in zip(self.view.maps, self.view.executed, strict=True) if loaded == layer)
+        several = tap.nth > 0 or any(other.module == tap.module and other.nth > 0 for other in taps.values())
+        count = [-1, 0]  # the pass through a layer counted in, calls in it
+
+        def turn() -> bool:
+            if self.view.executed[self.place] != layer:
+                return False
+            if not several:
+                return True
+            if count[0] != self._passes:
+                count[:] = [self._passes, 0]
+            count[1] += 1
+            return count[1] - 1 == tap.nth
+
+        return turn
+
+    def _modules(self) -> list[nn.Module]:
+        return list({id(module): module for module in self.view.layers}.values())
+
+    def _keep(self, handle: Any) -> None:
+        self._stack.callback(handle.remove)
+
+    def _start(self, *_: object) -> None:
+        self.place = -1
+
+    def _enter(self, module: nn.Module, *_: object) -> None:
+        place = self.place + 1
+        if place >= self.view.num_layers or self.view.layers[place] is not module:
+            raise OrderError(
+                f"the layer executed in place {place} is not the one expected of {self.view.num_layers}; "
+                "was the model changed from outside, or is gradient checkpointing on?"
+            )
+        self.place = place
+        self._passes += 1
+        self._on_enter(place)
+
+    def _leave(self, *_: object) -> None:
+        self._on_exit(self.place)
+
+    def _finish(self, *_: object) -> None:
+        if self.place != self.view.num_layers - 1:
+            raise OrderError(f"{self.place + 1} layers were executed, {self.view.num_layers} were expected")
