@@ -49,7 +49,7 @@ def repeat(view: "View", layer: int, times: int) -> AbstractContextManager[None]
     if times < 0:
         raise InputError(f"times is {times}; a layer can be run 0 or more times")
     layers = range(view.num_layers)
-    return reordered(view, tuple(other for l in layers for other in [l] * (times if l == layer else 1)))
+    return reordered(view, tuple(other for index in layers for other in [index] * (times if index == layer else 1)))
 
 
 @contextmanager
@@ -131,8 +131,8 @@ def replace(view: "View", element: str, layer: int, function: Function) -> Itera
 def scale_residual(view: "View", layer: int, weight: float, residual: str = "both") -> Iterator[None]:
     """Weight the residual of a layer's sub-layers: stream = weight * x + branch; 0 cancels it.
 
-    `residual` is `attn`, `ffn` or `both`; a parallel layer has one, changed by any of them. A cancelled residual belongs
-    to the layer and moves with it. Raises InputError for an unknown residual or a layer without the sub-layer.
+    `residual` is `attn`, `ffn` or `both`; a parallel layer has one, changed by any of them. A cancelled residual
+    belongs to the layer and moves with it. Raises InputError for an unknown residual or a layer without the sub-layer.
     Source: arXiv 2101.04547, cancelled skips (g_att, g_ffn). Rounding: the branch becomes branch + (weight - 1) x.
     """
     if residual not in RESIDUALS:

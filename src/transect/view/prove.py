@@ -116,7 +116,7 @@ def _identities(view: "View", seen: Values, layer: int):
     module = view.layers[layer]
 
     def at(site: str) -> Tensor | None:
-        return seen[site, layer] if (site, layer) in seen else None
+        return seen.get((site, layer))
 
     def normed(path: str | None, tensor: Tensor) -> Tensor:
         return tensor if path is None else module.get_submodule(path)(tensor)
