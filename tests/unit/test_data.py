@@ -1,6 +1,7 @@
 import gzip
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ from transect.data import text as text_module
 from transect.errors import InputError
 
 PAD, UNK, CLS, SEP = 0, 1, 2, 3
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d", "e", "##x"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d", "e", "##x", "longword"]
 
 
 def wordpiece(wrapped=True, truncation=None):
@@ -160,6 +161,8 @@ def test_fingerprint_sees_tokens_cuts_and_seq_len_but_not_order():
     short = from_tokens([[1, 2], [3]], seq_len=4).fingerprint
     assert from_tokens([[1, 2, 3]], seq_len=4).fingerprint != short
     assert from_tokens([[1, 2], [3]], seq_len=5).fingerprint != short
+    data = from_tokens(rows, seq_len=8)
+    assert replace(data, special=np.arange(data.num_tokens) == 0).fingerprint != prints
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -219,6 +222,11 @@ def test_limit_gives_the_head_of_the_unlimited_tokens(tmp_path, monkeypatch):
     for limit in (7, 50, 499, 10_000):
         data = from_text(tmp_path / "long.txt", tokenizer, seq_len=7, limit_tokens=limit)
         np.testing.assert_array_equal(data.ids, whole.ids[:limit])
+    # Nine characters a token: at some of these limits the first cut falls inside the last token that is kept.
+    (tmp_path / "words.txt").write_text("longword " * 500, encoding="utf-8")
+    for limit in range(30, 45):
+        data = from_text(tmp_path / "words.txt", tokenizer, seq_len=7, limit_tokens=limit)
+        assert data.ids.tolist() == [WORDS.index("longword")] * limit
 
 
 def test_long_text_of_one_file_is_not_encoded_beyond_the_limit(tmp_path, monkeypatch):
@@ -409,6 +417,8 @@ def test_error_units(monkeypatch):
         assert len(set(unit[data.document == d].tolist())) == 1
     for group, smallest in enumerate(hashes):
         assert smallest == data.document_hash[np.unique(data.document[unit == group])].min()
+    reversed_hashes = error_units(from_tokens(ragged(30)[::-1], seq_len=8))[1]
+    np.testing.assert_array_equal(reversed_hashes, hashes)
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

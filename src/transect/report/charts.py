@@ -12,6 +12,7 @@ Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 _DASHES = ([1, 0], [5, 3], [2, 2], [8, 3, 2, 3])
 _LEGEND_LETTERS = 80
 _FEW_LAYERS = 16
+_FEW_BARS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +77,13 @@ def lines(pick: Pick, values: Values, colour: str | None = None, dash: str | Non
         detail.append(f"{dash}:N")
     base = base.encode(detail=detail) if detail else base
     size = 28 if len(pick.distinct("layer")) <= _FEW_LAYERS else 12
-    line = base.mark_line(clip=True, strokeWidth=2)
+    clip = values.domain is not None
+    line = base.mark_line(clip=clip, strokeWidth=2)
     line = line.encode(strokeDash=_dash(pick, dash, same=colour == dash)) if dash else line
-    points = base.mark_point(clip=True, filled=True, size=size, opacity=1)
+    points = base.mark_point(clip=clip, filled=True, size=size, opacity=1)
     if not any(record["low"] is not None for record in pick.present):
         return alt.layer(line, points)
-    band = base.mark_area(opacity=0.18, clip=True).encode(y=alt.Y("low:Q", title=values.title), y2="high:Q")
+    band = base.mark_area(opacity=0.18, clip=clip).encode(y=alt.Y("low:Q", title=values.title), y2="high:Q")
     return alt.layer(band.transform_filter("isValid(datum.low)"), line, points)
 
 
@@ -91,7 +93,8 @@ def bars(pick: Pick, values: Values, colour: str | None = None, x: str = "layer"
     chart = _chart(pick).transform_filter("isValid(datum.value)").mark_bar(cornerRadiusEnd=2)
     chart = chart.encode(x=alt.X(f"{x}:O", title=x, axis=axis), y=values.axis(), tooltip=_tooltip(pick))
     if not colour:
-        return chart
+        # Full-width bars of a few values would look like a filled page.
+        return chart.mark_bar(cornerRadiusEnd=2, size=36) if len(pick.distinct(x)) <= _FEW_BARS else chart
     legend = _legend(pick.distinct(colour), symbolType="square", symbolStrokeWidth=0)
     shade = alt.Color(f"{colour}:N", title=None, legend=legend, scale=_palette(pick, colour))
     return chart.encode(color=shade, xOffset=alt.XOffset(f"{colour}:N"))

@@ -30,6 +30,8 @@ def metric_figures(pick: Pick, metric: str, values: Values | None = None, note: 
     if not chosen.present:
         return []
     values = values or Values(title=with_unit(metric, str(chosen.records[0]["unit"])))
+    if values.kind == "log" and all(record["value"] <= 0 for record in chosen.present):
+        return []
     if len({record["layer_to"] for record in chosen.present} - {None}) > 1:
         return pair_figures(pick, metric, values, note=note)
     return [_layers_or_bars(panel, metric, values, note) for panel in _panels(chosen)]
@@ -57,7 +59,8 @@ def _layers_or_bars(panel: _Panel, metric: str, values: Values, note: str) -> Fi
     if layered:
         chart = lines(panel.pick, values, panel.colour, panel.dash)
     else:
-        chart = bars(panel.pick, values, "series" if panel.label == "" else None, x=panel.colour or "series")
+        several = len(panel.pick.distinct("series")) > 1
+        chart = bars(panel.pick, values, "series" if several else None, x=panel.colour or "series")
     title = capital(metric_name(metric)) + (" per layer" if layered else "") + panel.label
     return Figure(name=file_name(metric, panel.label), title=title, spec=spec_of(chart), note=note)
 

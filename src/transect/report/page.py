@@ -95,7 +95,7 @@ def render(title: str, sources: list[Source], records: list[Record], sections: l
 
 def _section(probe: str, records: list[Record]) -> Section:
     own = tuple(record for record in records if (record["probe"] or "other") == probe)
-    pick = Pick(own, ({"field": "probe", "oneOf": [own[0]["probe"]]},))
+    pick = Pick(own, ({"field": "probe", "equal": probe},) if own[0]["probe"] else ())
     numbers = {str(one.records[0]["series"]): key_numbers_of(probe, one) for _, one in by_series(pick)}
     names = list(dict.fromkeys(name for found in numbers.values() for name in found))
     rows = [(series, [found.get(name, "–") for name in names]) for series, found in numbers.items()]

@@ -1,6 +1,7 @@
 """Each figure as an SVG and a PNG file, without a browser."""
 
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from transect.results import write_whole
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 _WIDTH = 620
+_NOTE_LETTERS = 100
 _CONFIG = {"background": "white", "font": "sans-serif", "view": {"stroke": None}, "padding": 12}
 
 
@@ -41,7 +43,7 @@ def _filled(record: Record) -> Record:
 def _with_data(figure: Figure, records: list[Record]) -> dict[str, object]:
     title = {"text": figure.title, "anchor": "start", "fontSize": 14, "offset": 12}
     if figure.note:
-        title |= {"subtitle": figure.note, "subtitleColor": "#555"}
+        title |= {"subtitle": textwrap.wrap(figure.note, _NOTE_LETTERS), "subtitleColor": "#555"}
     return {
         **figure.spec,
         "width": _WIDTH,

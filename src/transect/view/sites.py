@@ -1,6 +1,10 @@
 """The closed list of sites and elements: the same word means the same tensor in every model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transect.view.layout import LayerMap
 
 NEXT = "resid_next"
 """resid[l + 1], as one of the tensors of layer l."""
@@ -29,8 +33,8 @@ MODEL_SITES = {"final_in": "before the final norm", "logits": "model output"}
 class Element:
     """A function between two sites of one layer.
 
-    `add_resid` says that the stream named in it is added to the output site: `attn_residual` is
-    resid -> resid + attn_out, the residual without the norm after it.
+    `add` names a stream that is added to the target: `attn_residual` is resid -> resid + attn_out, the residual
+    without the norm after it. `code_flag` is the element's name in the code of arXiv 2101.04547.
     """
 
     name: str
@@ -65,5 +69,36 @@ ELEMENTS: dict[str, Element] = {
     )
 }
 """The ten elements of the non-linearity paper under our names, then activation and the two norms."""
+
+
+
+def present(element: Element, known: "LayerMap") -> Element | str:
+    """The element as it stands in a layer of this layout, or the reason why the layer has none.
+
+    In a parallel layer the FFN reads `resid`, which takes the place of `resid_mid`. Where a sub-layer reads the stream
+    itself its input is `resid` or `resid_mid`; a residual without a norm after it is the whole sub-layer.
+    """
+    if known.parallel and element.name in ("attn_sublayer", "ffn_sublayer"):
+        return "a parallel layer has no stream between its sub-layers"
+    swaps = {"resid_mid": "resid"} if known.parallel or "attn" not in known.sublayers else {}
+    if element.name in ("attn_norm", "ffn_norm"):
+        if getattr(known, element.name) is None and element.target in known.taps:
+            return f"{element.target} is the stream itself: no norm stands before this sub-layer"
+    else:
+        if known.attn_norm is None and "attn_in" in known.taps:
+            swaps["attn_in"] = "resid"
+        if known.ffn_norm is None and "ffn_in" in known.taps:
+            swaps["ffn_in"] = swaps.get("resid_mid", "resid_mid")
+    source = swaps.get(element.source, element.source)
+    target, add = element.target, element.add and swaps.get(element.add, element.add)
+    if element.name == "attn_residual" and known.mid_norm is None and "resid_mid" in known.taps:
+        target, add = "resid_mid", None
+    if element.name == "ffn_residual" and known.next_norm is None and not known.parallel:
+        target, add = NEXT, None
+    for site in (source, target, add):
+        if site is not None and site not in known.taps:
+            return known.missing.get(site, f"this layer has no {site}")
+    return replace(element, source=source, target=target, add=add)
+
 
 PAPER_ELEMENTS: tuple[str, ...] = tuple(name for name, element in ELEMENTS.items() if element.code_flag)

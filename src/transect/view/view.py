@@ -1,7 +1,7 @@
 """View: a model, its tokenizer and its map, seen through sites that were proven when it was made."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from transect.view.capture import Capture, capture
 from transect.view.discover import discover, no_cache
 from transect.view.layout import LayerMap, Tap
 from transect.view.prove import Proof, prove
+from transect.view.sites import NEXT
+from transect.view.tensors import Key, parts, put
 
 Adapter = Mapping[str, Tap]
 
@@ -149,7 +151,8 @@ class View:
         """
         target = self.model if head and self.has_head else self.base
         attention = None if mask is None or bool(mask.all()) else mask.to(self.device, torch.long)
-        output = target(input_ids=ids.to(self.device), attention_mask=attention, **no_cache(target))
+        with self._cleared(attention):
+            output = target(input_ids=ids.to(self.device), attention_mask=attention, **no_cache(target))
         logits = getattr(output, "logits", None)
         if logits is None:
             logits = getattr(output, "prediction_logits", None)
@@ -177,6 +180,21 @@ class View:
             logits = packed.gather(1, back[..., None].expand_as(packed))
             return logits.masked_fill(~mask.to(packed.device)[..., None], 0)
 
+    @contextmanager
+    def _cleared(self, attention: Tensor | None) -> Iterator[None]:
+        """Set padding to 0 after each layer of a float64 model.
+
+        A sliding window that holds nothing but padding gives NaN there, as the mask's number is infinite in float32, in
+        which attention weights are computed; the next layer would mix it into the text, since 0 times NaN is NaN.
+        """
+        with ExitStack() as stack:
+            if attention is not None and self.dtype == torch.float64:
+                padding = ~attention.bool()[..., None]
+                for layer, known in {id(m): (m, k) for m, k in zip(self.layers, self.maps, strict=True)}.values():
+                    handle = layer.register_forward_hook(_clearing(padding, known.taps[NEXT].key))
+                    stack.callback(handle.remove)
+            yield
+
     def check_ids(self, ids: Tensor) -> None:
         """Raise InputError when a token id is outside the model's vocabulary."""
         low, high = int(ids.min()), int(ids.max())
@@ -194,6 +212,10 @@ class View:
         generator = torch.Generator().manual_seed(seed)
         picks = torch.stack([torch.randperm(len(allowed), generator=generator)[:positions] for _ in range(2)])
         return allowed[picks].to(self.device)
+
+
+def _clearing(padding: Tensor, key: Key) -> Callable:
+    return lambda module, args, output: put(output, key, parts(output)[key].masked_fill(padding, 0))
 
 
 def _fitting(known: LayerMap, changes: Mapping[str, Tap]) -> dict[str, Tap]:

@@ -5,6 +5,7 @@ from transect.report.generic import metric_figures, pair_figures
 from transect.report.pick import Pick
 from transect.report.words import digits
 
+_TOKENS = {"all": "all tokens", "skip_first": "first token left out"}
 _UPDATE = "Length of what a layer adds, divided by the length of the stream."
 
 
@@ -39,16 +40,16 @@ def key_numbers(pick: Pick) -> dict[str, str]:
 def _displacement(pick: Pick) -> list[Figure]:
     values = Values(title="displacement", from_zero=True)
     several = len(pick.distinct("series")) > 1
+    variant = "variant" if pick.distinct("variant") else None
     panels = _by_tokens(pick) if several else {"": pick}
     found = []
     for tokens, one in panels.items():
         if one.present:
-            chart = lines(
-                one, values, "series" if several else "variant", "variant" if one.distinct("variant") else None
-            )
-            title = "Displacement per layer" + (f", {tokens.replace('_', ' ')}" if tokens else "")
+            chart = lines(one, values, "series" if several or not variant else variant, variant)
+            title = "Displacement per layer" + (f", {_TOKENS.get(tokens, tokens)}" if tokens else "")
             name = "displacement" + (f"_{tokens}" if tokens else "")
-            note = "0: direction kept, 0.5: orthogonal, 1: reversed. Dashed: after the final norm."
+            dashed = any(name.startswith("post_norm") for name in one.distinct("variant"))
+            note = "0: direction kept, 0.5: orthogonal, 1: reversed." + " Dashed: after the final norm." * dashed
             found.append(Figure(name=name, title=title, spec=spec_of(chart), note=note))
     return found
 
@@ -58,12 +59,8 @@ def _by_tokens(pick: Pick) -> dict[str, Pick]:
     groups = dict.fromkeys(variant.partition("/")[2] for variant in variants)
     if len(groups) < 2:
         return {"": pick}
-    return {
-        f"{group} tokens" if group == "all" else group: pick.where(
-            "variant", *(variant for variant in variants if variant.partition("/")[2] == group)
-        )
-        for group in groups
-    }
+    of_group = {group: [name for name in variants if name.partition("/")[2] == group] for group in groups}
+    return {group: pick.where("variant", *names) for group, names in of_group.items()}
 
 
 def _jump_rate(pick: Pick) -> list[Figure]:

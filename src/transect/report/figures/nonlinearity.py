@@ -5,6 +5,7 @@ from typing import Any
 from transect.report.charts import Figure, Values, layer_cells, lines, spec_of
 from transect.report.generic import by_series, file_name
 from transect.report.pick import Pick
+from transect.report.records import Record
 from transect.report.words import capital, digits
 
 _FAMILIES = {
@@ -55,13 +56,13 @@ def _cells(pick: Pick, label: str) -> list[Figure]:
     values = Values(title="R² held out", domain=(-1, 1), scheme="blueorange")
     chart = layer_cells(pick, values, "element", order, numbers)
     note = "1: an affine map does the same. Colours stop at −1 and 1; a cross marks a missing value."
-    spec = spec_of(chart, height=26 * len(order))
+    spec = spec_of(chart, height=max(160, 26 * len(order)))
     return [_figure("r2_map", "R² held out, every element", label, spec, note)]
 
 
 def _family(pick: Pick, title: str, label: str) -> list[Figure]:
     chosen = pick.where("element", *_FAMILIES[title])
-    if not chosen.present:
+    if not _on_axis(chosen):
         return []
     spec = spec_of(lines(chosen, _r2_values(chosen), "element"))
     note = _outside(chosen)
@@ -70,7 +71,7 @@ def _family(pick: Pick, title: str, label: str) -> list[Figure]:
 
 def _fits(pick: Pick, element: str, label: str) -> list[Figure]:
     chosen = pick.where("metric", *_FITS).where("element", element)
-    if len({record["metric"] for record in chosen.present}) < 2:
+    if len({record["metric"] for record in _on_axis(chosen)}) < 2:
         return []
     spec = spec_of(lines(chosen, _r2_values(chosen), "metric"))
     note = f"The floor is what unrelated data would score in sample. {_outside(chosen)}".strip()
@@ -97,6 +98,10 @@ def _name(element: str) -> str:
 def _r2_values(pick: Pick) -> Values:
     lowest = min(record["value"] for record in pick.present)
     return Values(title="R²", domain=(_LOWEST if lowest < 0 else 0, _HIGHEST))
+
+
+def _on_axis(pick: Pick) -> list[Record]:
+    return [record for record in pick.present if record["value"] >= _LOWEST]
 
 
 def _outside(pick: Pick) -> str:

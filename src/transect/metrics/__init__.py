@@ -1,0 +1,1 @@
+"""Pure functions from tensors to tensors, each with its declared range, unit and invariances."""

@@ -1,0 +1,1 @@
+"""Measurements: one file each, the file's name is the public name."""
