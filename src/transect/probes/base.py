@@ -89,9 +89,7 @@ class Probe(ABC):
 
     title: ClassVar[str]
     source: ClassVar[str]
-    split: ClassVar[bool] = False  # whether documents are divided; else every phase is looked at alike
     by_layer: ClassVar[bool] = False  # whether layers can be measured in different passes
-    full_width: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -75,11 +75,18 @@ def site_value(site: str, layer: int, tap: Tap, tensor: Tensor, shape: tuple[int
     return value.clone() if tap.overwritten else value
 
 
+def check_site(name: str) -> None:
+    """Raise InputError for a name that is no site."""
+    if name not in SITES:
+        raise InputError(f"unknown site {name!r}; sites are {', '.join(SITES)}")
+
+
 def _taps(view: "View", layer: int, names: Iterable[str]) -> dict[str, Tap]:
+    if not 0 <= layer < view.num_layers:
+        raise InputError(f"layer {layer} does not exist; {view.name} has layers 0 to {view.num_layers - 1}")
     known = view.maps[layer]
     for name in names:
-        if name not in SITES:
-            raise InputError(f"unknown site {name!r}; sites are {', '.join(SITES)}")
+        check_site(name)
         if name not in known.taps:
             raise InputError(f"layer {layer} of {view.name} has no site {name!r}: {known.missing.get(name, 'absent')}")
     return {name: known.taps[name] for name in names}

@@ -87,7 +87,7 @@ def replace(view: "View", element: str, layer: int, function: Function) -> Itera
 
     The element's source site goes into `function` and its target site becomes the result; residuals and norms around
     it stay. Raises InputError for an unknown element, a layer without its sites, and, during the pass, for a result of
-    another shape. Cost: the original element still runs.
+    another shape. `function` may call the layer's own modules. Cost: the original element still runs.
     """
     if element not in ELEMENTS:
         raise InputError(f"unknown element {element!r}; elements are {', '.join(ELEMENTS)}")
@@ -110,7 +110,8 @@ def replace(view: "View", element: str, layer: int, function: Function) -> Itera
 
     def write(scale: float) -> Use:
         def use(_: int, tensor: Tensor) -> Tensor:
-            new = function(source[0])
+            with _unheard(view):
+                new = function(source[0])
             if new.shape[:2] != shape[0] or new.numel() != tensor.numel():
                 raise InputError(
                     f"replacement of {element} in layer {layer} gives {tuple(new.shape)}, the model expects "
@@ -140,14 +141,13 @@ def scale_residual(view: "View", layer: int, weight: float, residual: str = "bot
     _check_layer(view, layer)
     known = view.maps[layer]
     uses: list[tuple[Tap, Use]] = []
-    pairs = [("resid", "attn_out"), ("resid_mid", "ffn_out")]
-    if known.parallel or len(known.sublayers) == 1:
-        pairs = [("resid", f"{known.sublayers[0]}_out")]
-    elif residual != "both":
-        pairs = [pair for pair in pairs if pair[1].startswith(residual)]
+    names = known.sublayers if residual == "both" else (residual,)
+    pairs = [("resid" if name == known.sublayers[0] else "resid_mid", f"{name}_out") for name in names]
+    if known.parallel:
+        pairs = [("resid", pairs[0][1])]
     for stream_site, branch_site in pairs:
         kept: list[Tensor] = []
-        stream_tap, branch_tap = _tap(view, layer, stream_site), _tap(view, layer, branch_site)
+        branch_tap, stream_tap = _tap(view, layer, branch_site), _tap(view, layer, stream_site)
         uses.append((stream_tap, _remember(kept)))
         uses.append((branch_tap, _weighted(kept, weight - 1, branch_tap.scale)))
     with _tapped(view, layer, uses):
@@ -177,6 +177,16 @@ def _without_head(head: int, heads: int) -> Callable[[int, Tensor], Tensor]:
         return kept
 
     return use
+
+
+@contextmanager
+def _unheard(view: "View") -> Iterator[None]:
+    """Let a replacement call the model's own modules without its taps, and those of a capture, firing."""
+    before, view.replacing = view.replacing, True
+    try:
+        yield
+    finally:
+        view.replacing = before
 
 
 @contextmanager

@@ -103,8 +103,9 @@ def _repair_config(stack: ExitStack, config: Any, order: Sequence[int], count: i
 
 def _repair_cache_index(stack: ExitStack, layer: nn.Module, place: int) -> None:
     for module in layer.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            _set(stack, module, "layer_idx", place)
+        for name in ("layer_idx", "layer_id"):  # the second is GPT-Neo's word
+            if isinstance(getattr(module, name, None), int):
+                _set(stack, module, name, place)
 
 
 def _set(stack: ExitStack, owner: Any, name: str, value: object) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transect.errors import InputError
 from transect.view.capture import site_value
@@ -38,13 +38,14 @@ class Proof:
     """The evidence that a view's sites mean what they say.
 
     `identities` hold within `bound`; every site in `causal` changes the output when it changes; those in `inert` reach
-    the output but with weight zero, as behind a projection that is zero.
+    the output but with weight zero, as behind a projection that is zero. `widths` has each site's width, layer by layer.
     """
 
     identities: tuple[Identity, ...]
     bound: float
     causal: int
     inert: tuple[str, ...]
+    widths: tuple[dict[str, int], ...]
 
     @property
     def worst(self) -> Identity:
@@ -56,7 +57,7 @@ def prove(view: "View", ids: Tensor) -> Proof:
     """Check every identity of every layer and that every site reaches the output.
 
     Identities: the residual algebra of the layer's layout, norms applied to the stream give the inputs, consecutive
-    layers share the stream, the final norm reads resid[L]. Causal check: the gradient of a random projection of the
+    layers share the stream. Causal check: the gradient of a random projection of the
     output with respect to each site exists, is finite and is not zero. One forward and one backward pass on `ids`.
     Raises InputError with module path, identity and residual.
     """
@@ -77,7 +78,10 @@ def prove(view: "View", ids: Tensor) -> Proof:
                     f"residual {residual:.3g}, allowed {bound:.3g}"
                 )
     causal, inert = _causal(view, raw, output)
-    return Proof(tuple(identities), bound, causal, inert)
+    widths = tuple(
+        {site: seen[site, layer].shape[-1] for site in view.maps[layer].taps} for layer in range(view.num_layers)
+    )
+    return Proof(tuple(identities), bound, causal, inert, widths)
 
 
 def _run(view: "View", ids: Tensor) -> tuple[Values, Values, Tensor]:
@@ -118,22 +122,23 @@ def _identities(view: "View", seen: Values, layer: int):
     def at(site: str) -> Tensor | None:
         return seen.get((site, layer))
 
-    def normed(path: str | None, tensor: Tensor) -> Tensor:
-        return tensor if path is None else module.get_submodule(path)(tensor)
+    def normed(path: str | None, *terms: Tensor) -> Callable[[], Tensor]:
+        norm = nn.Identity() if path is None else module.get_submodule(path)
+        return lambda: norm(sum(terms[1:], terms[0]))
 
     resid, attn, ffn, mid, after = (at(site) for site in ("resid", "attn_out", "ffn_out", "resid_mid", NEXT))
     assert resid is not None and after is not None
     if mid is not None and attn is not None and ffn is not None:
         left = "LN(resid + attn_out)" if known.mid_norm else "resid + attn_out"
-        yield f"resid_mid = {left}", known.taps["attn_out"].module, mid, normed(known.mid_norm, resid + attn)
+        yield f"resid_mid = {left}", known.taps["attn_out"].module, mid, normed(known.mid_norm, resid, attn)
         left = "LN(resid_mid + ffn_out)" if known.next_norm else "resid_mid + ffn_out"
-        yield f"resid[l+1] = {left}", known.taps["ffn_out"].module, after, normed(known.next_norm, mid + ffn)
+        yield f"resid[l+1] = {left}", known.taps["ffn_out"].module, after, normed(known.next_norm, mid, ffn)
     else:
         branches = [(name, out) for name, out in (("attn_out", attn), ("ffn_out", ffn)) if out is not None]
-        total = resid + sum(out for _, out in branches)
         text = "resid + " + " + ".join(name for name, _ in branches)
         text = f"LN({text})" if known.next_norm else text
-        yield f"resid[l+1] = {text}", known.taps[branches[-1][0]].module, after, normed(known.next_norm, total)
+        right = normed(known.next_norm, resid, *(out for _, out in branches))
+        yield f"resid[l+1] = {text}", known.taps[branches[-1][0]].module, after, right
     source = resid if mid is None else mid
     for site, stream_in, path in (("attn_in", resid, known.attn_norm), ("ffn_in", source, known.ffn_norm)):
         received = at(site)
@@ -142,7 +147,7 @@ def _identities(view: "View", seen: Values, layer: int):
             text = f"{site} = LN({stream_name})" if path else f"{site} = {stream_name}"
             yield text, known.taps[site].module, received, normed(path, stream_in)
     if layer + 1 < view.num_layers:
-        yield "resid[l+1] enters the next layer", "", seen["resid", layer + 1], after
+        yield "resid[l+1] enters the next layer", "", seen["resid", layer + 1], lambda: after
     yield from _projections(view, known, at, layer)
 
 
@@ -153,11 +158,17 @@ def _projections(view: "View", known, at, layer: int):
     for source, target, path in pairs:
         hidden, out = at(source), at(target)
         if hidden is not None and out is not None and path is not None and not known.output_norms:
-            mapped = module.get_submodule(path)(hidden) * known.taps[target].scale
-            yield f"{target} = {path.split('.')[-1]}({source})", path, out, mapped
+            linear, scale = module.get_submodule(path), known.taps[target].scale
+            yield f"{target} = {path.split('.')[-1]}({source})", path, out, lambda f=linear, x=hidden, c=scale: f(x) * c
 
 
-def _residual(left: Tensor, right: Tensor) -> float:
+def _residual(left: Tensor, side: Callable[[], Tensor]) -> float:
+    try:
+        right = side()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # tensors of other widths than the identity needs
+        return float("inf")
     if left.shape != right.shape:
         return float("inf")
     wide = torch.promote_types(left.dtype, torch.float32)
@@ -169,9 +180,14 @@ def _causal(view: "View", seen: Values, output: Tensor) -> tuple[int, tuple[str,
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
     keys = [key for key, tensor in seen.items() if tensor.is_floating_point()]
-    grads = torch.autograd.grad((output * weight).sum(), [seen[key] for key in keys], allow_unused=True)
+    joined = [key for key in keys if seen[key].requires_grad]
+    with torch.enable_grad():
+        total = (output * weight).sum()
+    grads = torch.autograd.grad(total, [seen[key] for key in joined], allow_unused=True)
+    found = dict(zip(joined, grads, strict=True))
     inert = []
-    for (site, layer), grad in zip(keys, grads, strict=True):
+    for site, layer in keys:
+        grad = found.get((site, layer))
         if grad is None or not bool(torch.isfinite(grad).all()):
             path = f"{view.layer_path(layer)}.{view.maps[layer].taps[site]}"
             why = "does not reach" if grad is None else "has a gradient that is not finite at"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from transect.errors import InputError
 from transect.view import adapters
-from transect.view.capture import Capture, capture
+from transect.view.capture import Capture, capture, check_site
 from transect.view.discover import discover, no_cache
 from transect.view.layout import LayerMap, Tap
 from transect.view.prove import Proof, prove
@@ -25,7 +25,8 @@ class View:
     """A proven model: `View(model)` or `View.load(...)`; layers, sites, edits and captures go through it.
 
     `layers` and `maps` follow the executed order, also inside an edit. `executed` holds, for each place in that order,
-    the 0-based layer of the model as it was loaded.
+    the 0-based layer of the model as it was loaded. `replacing` says that a replacement is being computed, whose calls
+    of the model's own modules are no part of the pass.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class View:
         self.name = name or model.config._name_or_path or type(model).__name__
         self.revision = revision
         self.notes = notes
+        self.replacing = False
         _refuse_nan(self.name, model)
         ids = self._random_ids(0, 7)
         found = discover(self.base, ids)
@@ -56,6 +58,8 @@ class View:
         self.final_norm_path = found.final_norm
         self.width = found.width
         changes = dict(adapters.find(model.config.model_type)) | dict(adapter or {})
+        for site in changes:
+            check_site(site)
         self.maps: list[LayerMap] = [known.with_taps(_fitting(known, changes)) for known in found.layers]
         modules = list(self.base.get_submodule(self.container).children())
         self.modules: list[int] = list(found.executed)
@@ -134,6 +138,10 @@ class View:
     def layouts(self) -> tuple[str, ...]:
         """The residual layout of each layer."""
         return tuple(known.layout for known in self.maps)
+
+    def site_width(self, layer: int, site: str) -> int:
+        """The last dimension of a site's tensor."""
+        return self.proof.widths[self.executed[layer]][site]
 
     def layer_path(self, layer: int) -> str:
         """The module path of a layer in the whole model."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor, nn
 
 from transect.view.layout import Tap
-from transect.view.tensors import inputs, parts, put
+from transect.view.tensors import Key, inputs, parts, put
 
 if TYPE_CHECKING:
     from transect.view.view import View
@@ -42,10 +42,10 @@ class Walk:
         self._passes = 0
 
     def __enter__(self) -> Self:
-        self._keep(self.view.base.register_forward_pre_hook(self._start))
-        self._keep(self.view.base.register_forward_hook(self._finish))
+        self._keep(self.view.base.register_forward_pre_hook(self._heard(self._start)))
+        self._keep(self.view.base.register_forward_hook(self._heard(self._finish)))
         for module in self._modules():
-            self._keep(module.register_forward_pre_hook(self._enter))
+            self._keep(module.register_forward_pre_hook(self._heard(self._enter)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,7 +54,7 @@ class Walk:
     def leave_last(self) -> None:
         """Call `on_exit` when a layer is done; call this after every `tap`, so that the taps fire before it."""
         for module in self._modules():
-            self._keep(module.register_forward_hook(self._leave))
+            self._keep(module.register_forward_hook(self._heard(self._leave)))
 
     def tap(self, layer: int, tap: Tap, use: Use) -> None:
         """Use the tensor that passes at a tap of a layer of the loaded model, wherever an edit has moved the layer.
@@ -63,18 +63,18 @@ class Walk:
         """
         owners = {id(m): m for m, loaded in zip(self.view.layers, self.view.executed, strict=True) if loaded == layer}
         for owner in owners.values():
-            module = owner.get_submodule(tap.module)
+            module = _submodule(owner, tap)
             hook = self._before(layer, tap, use) if tap.side == "in" else self._after(layer, tap, use)
             if tap.side == "in":
-                self._keep(module.register_forward_pre_hook(hook, with_kwargs=True))
+                self._keep(module.register_forward_pre_hook(self._heard(hook), with_kwargs=True))
             else:
-                self._keep(module.register_forward_hook(hook))
+                self._keep(module.register_forward_hook(self._heard(hook)))
 
     def _before(self, layer: int, tap: Tap, use: Use) -> Callable:
         turn = self._turns(layer, tap)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            new = use(self.place, inputs(args, kwargs)[tap.key]) if turn() else None
+            new = use(self.place, _tensor(inputs(args, kwargs), tap)) if turn() else None
             if new is None:
                 return None
             if isinstance(tap.key, str):
@@ -87,7 +87,7 @@ class Walk:
         turn = self._turns(layer, tap)
 
         def hook(module: nn.Module, args: tuple, output: object) -> object:
-            new = use(self.place, parts(output)[tap.key]) if turn() else None
+            new = use(self.place, _tensor(parts(output), tap)) if turn() else None
             return None if new is None else put(output, tap.key, new)
 
         return hook
@@ -99,6 +99,8 @@ class Walk:
         count = [-1, 0]  # the pass through a layer counted in, calls in it
 
         def turn() -> bool:
+            if self.place < 0:
+                raise OrderError(f"the tap {tap} fired outside a forward pass; is gradient checkpointing on?")
             if self.view.executed[self.place] != layer:
                 return False
             if not several:
@@ -112,6 +114,10 @@ class Walk:
 
     def _modules(self) -> list[nn.Module]:
         return list({id(module): module for module in self.view.layers}.values())
+
+    def _heard(self, hook: Callable) -> Callable:
+        """The hook, deaf to calls that a replacement makes of the model's own modules."""
+        return lambda *given: None if self.view.replacing else hook(*given)
 
     def _keep(self, handle: Any) -> None:
         self._stack.callback(handle.remove)
@@ -136,3 +142,17 @@ class Walk:
     def _finish(self, *_: object) -> None:
         if self.place != self.view.num_layers - 1:
             raise OrderError(f"{self.place + 1} layers were executed, {self.view.num_layers} were expected")
+        self.place = -1
+
+
+def _submodule(layer: nn.Module, tap: Tap) -> nn.Module:
+    try:
+        return layer.get_submodule(tap.module)
+    except AttributeError as error:
+        raise OrderError(f"no module for the tap {tap} in a {type(layer).__name__}") from error
+
+
+def _tensor(found: dict[Key, Tensor], tap: Tap) -> Tensor:
+    if tap.key not in found:
+        raise OrderError(f"no tensor at the tap {tap}; there are {list(found)}")
+    return found[tap.key]

@@ -1,0 +1,261 @@
+"""The one driver of every probe: each batch goes through the model once, and every probe sees it layer by layer."""
+
+import importlib.metadata
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transect import runs
+from transect.data import Batch, Dataset, batches
+from transect.errors import InputError
+from transect.plan import Pass, Plan, Stage, make
+from transect.probes.base import Probe, Setting, Sight
+from transect.results import Row, Table
+from transect.view.capture import Seen, stream
+from transect.view.view import View
+
+SAVE_SECONDS = 60.0
+Progress = Callable[[int, str], None]
+"""Called with the tokens done since the last call and what is being done."""
+
+
+def measure(
+    view: View,
+    probes: Iterable[str | Probe],
+    data: Dataset,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    output: str | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Table:
+    """Measure a model on a text with the named probes and return the rows.
+
+    All probes share one forward pass per batch. Rows do not depend on batch size, padding or the order of documents.
+    With `output` a run folder is written, and a run that was stopped goes on with `resume`. Raises InputError for
+    whatever the user can mend. Memory does not grow with the text.
+    """
+    return run(make(view, probes, data, batch_size, seed), output, resume, progress)
+
+
+def run(
+    plan: Plan, output: str | None = None, resume: bool = False, progress: Progress | None = None
+) -> Table:
+    """Carry out a plan."""
+    folder = None if output is None else runs.RunFolder.open(output, config_of(plan), resume)
+    if folder is not None and folder.finished():
+        return Table.read(folder.path)
+    started = time.monotonic()
+    saved = None if folder is None else folder.load_state()
+    keeper = _Keeper(plan, folder, saved)
+    with _stoppable() as stopped:
+        for number in range(keeper.number, len(plan.passes)):
+            keeper.number = number
+            _run_pass(plan, plan.passes[number], keeper, progress, stopped)
+    table = Table(keeper.rows)
+    if folder is not None:
+        seconds = keeper.seconds + time.monotonic() - started
+        folder.finish(table, runs.environment(plan.view.device, notes_of(plan), seconds))
+    return table
+
+
+class _Keeper:
+    """Where the run stands: pass, stage, batch and states; saves them every minute between two batches."""
+
+    def __init__(self, plan: Plan, folder: runs.RunFolder | None, saved: dict | None) -> None:
+        self.plan, self.folder = plan, folder
+        self.number = saved["pass"] if saved else 0
+        self.stage = saved["stage"] if saved else 0
+        self.batch = saved["batch"] if saved else 0
+        self.seconds = saved["seconds"] if saved else 0.0
+        self.rows = [Row(**row) for row in saved["rows"]] if saved else []
+        self.packed = saved["states"] if saved else None
+        self._started = self._last = time.monotonic()
+
+    def states(self, item: Pass) -> list[Any]:
+        """Fresh states for a pass, or those the file held."""
+        packed, self.packed = self.packed, None
+        return [
+            probe.start(setting, None if packed is None else packed[index])
+            for index, (probe, setting) in enumerate(zip(item.probes, item.settings, strict=True))
+        ]
+
+    def between(self, states: list[Any], stopped: Callable[[], bool]) -> None:
+        """Save when a minute has passed or the run is being stopped; raises KeyboardInterrupt in the latter case."""
+        if self.folder is not None and (stopped() or time.monotonic() - self._last >= SAVE_SECONDS):
+            self.save(states)
+        if stopped():
+            raise KeyboardInterrupt
+
+    def save(self, states: list[Any]) -> None:
+        """Write everything needed to go on."""
+        assert self.folder is not None
+        self.folder.save_state(
+            {
+                "pass": self.number,
+                "stage": self.stage,
+                "batch": self.batch,
+                "seconds": self.seconds + time.monotonic() - self._started,
+                "rows": [asdict(row) for row in self.rows],
+                "states": [state.pack() for state in states],
+            }
+        )
+        self._last = time.monotonic()
+
+    def finish_pass(self, rows: list[Row]) -> None:
+        """Keep the rows of a pass and stand at the start of the next."""
+        self.rows += rows
+        self.stage = self.batch = 0
+        if self.folder is not None:
+            self.folder.write_rows(self.rows)
+
+
+def _run_pass(
+    plan: Plan, item: Pass, keeper: _Keeper, progress: Progress | None, stopped: Callable[[], bool]
+) -> None:
+    states = keeper.states(item)
+    for index in range(keeper.stage, len(item.stages)):
+        stage = item.stages[index]
+        done = keeper.batch
+        sequences = stage.sequences[done * stage.batch_size :]
+        for batch in batches(plan.data, sequences, stage.batch_size, _pad_id(plan.view), item.full_width):
+            _run_batch(plan.view, item, stage, states, batch)
+            keeper.batch += 1
+            if progress is not None:
+                progress(int(batch.mask.sum()), stage.phase)
+            keeper.between(states, stopped)
+        for probe, setting, state in zip(item.probes, item.settings, states, strict=True):
+            probe.turn(state, setting, stage.phase)
+        keeper.stage, keeper.batch = index + 1, 0
+    rows = []
+    for probe, setting, state in zip(item.probes, item.settings, states, strict=True):
+        rows += [stamped(row, plan, probe) for row in probe.rows(state, setting)]
+    keeper.finish_pass(rows)
+
+
+def _run_batch(view: View, item: Pass, stage: Stage, states: list[Any], batch: Batch) -> None:
+    """One forward pass, with every probe looking on."""
+    device = view.device
+    unit_of = torch.from_numpy(item.settings[0].unit_of)
+    watchers: list[tuple[Probe, Setting, Any, Sight]] = []
+    for probe, setting, state in zip(item.probes, item.settings, states, strict=True):
+        if stage.phase == "train" and probe.epochs() == 0:
+            continue
+        sight = Sight(
+            stage.phase,
+            batch.ids.to(device),
+            batch.mask.to(device),
+            batch.special.to(device),
+            batch.sequence.to(device),
+            unit_of[batch.sequence].to(device),
+        )
+        watchers.append((probe, setting, state, sight))
+    wanted: dict[int, tuple[str, ...]] = {}
+    for layer in range(view.num_layers):
+        sites = [site for probe, setting, _, _ in watchers if layer in setting.layers for site in probe.sites(view, layer)]
+        if sites:
+            wanted[layer] = tuple(dict.fromkeys(sites))
+
+    def consume(layer: int, seen: Seen) -> None:
+        for probe, setting, state, sight in watchers:
+            if layer in setting.layers:
+                probe.see(state, setting, layer, seen, sight)
+
+    with torch.no_grad(), stream(view, wanted, consume):
+        hidden = view.run(batch.ids, batch.mask)
+    _refuse_nan(view, hidden, batch)
+
+
+def _refuse_nan(view: View, hidden: Tensor, batch: Batch) -> None:
+    if not bool(torch.isfinite(hidden[batch.mask.to(hidden.device)]).all()):
+        raise InputError(
+            f"{view.name} gives NaN or infinity on this text in {str(view.dtype).removeprefix('torch.')}; "
+            "check the weights or use float32"
+        )
+
+
+def _pad_id(view: View) -> int:
+    pad = view.model.config.pad_token_id
+    return pad if isinstance(pad, int) and 0 <= pad < view.vocab_size else 0
+
+
+def stamped(row: Row, plan: Plan, probe: Probe) -> Row:
+    """The row with its provenance."""
+    view, data = plan.view, plan.data
+    return replace(
+        row,
+        model=view.name,
+        revision=view.revision,
+        tokens=data.num_tokens,
+        probe=probe.name,
+        dtype=str(view.dtype).removeprefix("torch."),
+        seed=plan.seed,
+        data=f"{data.name} [{data.fingerprint}]",
+        config=runs.fingerprint({"probe": probe.name, **asdict(probe)}),
+        code=f"transect {importlib.metadata.version('transect')}",
+        documents=row.documents if row.documents is not None else data.num_documents,
+    )
+
+
+def config_of(plan: Plan) -> dict:
+    """The settings of a run, as its folder keeps them."""
+    data = plan.data
+    return {
+        "model": plan.view.name,
+        "revision": plan.view.revision,
+        "dtype": str(plan.view.dtype).removeprefix("torch."),
+        "layers": plan.view.num_layers,
+        "text": data.name,
+        "text_fingerprint": data.fingerprint,
+        "tokens": data.num_tokens,
+        "documents": data.num_documents,
+        "seq_len": data.seq_len,
+        "batch_size": plan.batch_size,
+        "seed": plan.seed,
+        "probes": {probe.name: {name: _plain(value) for name, value in asdict(probe).items()} for probe in plan.probes},
+        "notes": notes_of(plan),
+    }
+
+
+def notes_of(plan: Plan) -> list[str]:
+    """What a reader of the numbers must know."""
+    notes = list(plan.view.notes)
+    if plan.data.builtin:
+        notes.append(f"measured on the small built-in text ({plan.data.name}); give --text for your own")
+    return notes
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@contextmanager
+def _stoppable() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask the run to stop after the batch it is in; a second Ctrl-C stops at once."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def ask(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["Dataset", "measure", "run"]

@@ -1,0 +1,388 @@
+"""How far each element of a layer is from a linear map: held-out ridge R^2, cosines, and the paper's approximator."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from transect.errors import InputError
+from transect.metrics.moments import Moments
+from transect.probes._elementwise import Lines
+from transect.probes._fits import GROUPS, Group, Owners, Scores
+from transect.probes._linear_rows import element_rows
+from transect.probes._trained import OBJECTIVES, Approximator
+from transect.probes.base import Probe, Setting, Sight, SplitRule
+from transect.results import Row
+from transect.view.capture import Seen
+from transect.view.sites import ELEMENTS, Element, present
+from transect.view.view import View
+
+Tokens = Literal["actual", "padding", "all"]
+CHOICES = {
+    "tokens": ("actual", "padding", "all"),
+    "fit_tokens": (None, "actual", "padding", "all"),
+    "split": ("hash", "ordered"),
+    "average": ("token_then_example", "token"),
+    "cosine_weights": ("inverse_norm2", "none"),
+    "r2_baseline": ("score_mean", "fit_mean"),
+    "cone_vectors": ("outputs", "layer_outputs"),
+    "trained": (None, *OBJECTIVES),
+    "init": ("closed_form", "truncated_normal"),
+}
+_WIDE = 8
+
+
+@dataclass(slots=True, eq=False)
+class LayerState:
+    """One layer: its fits by source site, the weighted fits of the cosine elements, scores and approximators."""
+
+    elements: dict[str, Element | str]
+    groups: list[Group | Lines]
+    scores: dict[str, Scores]
+    fit_directions: dict[str, Tensor]  # [e + 1] sum of unit targets of the fit rows, and their number
+    trained: dict[str, Approximator]
+
+
+@dataclass(slots=True, eq=False)
+class NonlinearityState:
+    """The state of each layer of this pass."""
+
+    layers: dict[int, LayerState]
+
+    def pack(self) -> dict:
+        """Plain tensors and numbers."""
+        return {
+            layer: {
+                "groups": [group.pack() for group in state.groups],
+                "scores": {name: scores.pack() for name, scores in state.scores.items()},
+                "fit_directions": dict(state.fit_directions),
+                "trained": {name: approximator.pack() for name, approximator in state.trained.items()},
+            }
+            for layer, state in self.layers.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nonlinearity(Probe):
+    """How well the best linear map of an element's input predicts its output, token by token.
+
+    R^2 = 1 - |Y - Y*|^2 / |Y - mean(Y)|^2 with Y* = W X + b, W the ridge fit on other documents; `r2_insample` is the
+    unregularised fit on its own rows, with `r2_floor` = rank / (n - 1), what independent data would score. For the
+    `cosine` elements: gamma = mean cos(y, y*) of the fit weighted by 1/|y|^2 (`cosine_closed_form`), mean cosine over
+    pairs of outputs (`cone_size`), gamma corrected for it (`linearity_normalized`, A and B), the best constant direction
+    (`constant_baseline`), and with `trained` the paper's approximator (`linearity`). For attention the map sees only the
+    token's own input: the score mixes "not linear" with "uses other tokens".
+
+    Range and unit: R^2 up to 1 (negative when worse than the mean); cosines -1 to 1; ranks in directions.
+    Reads: the element's sites; padding never counts unless `tokens` asks for it.
+    Source: arXiv 2101.04547 for elements, cosine score, cone and approximator. Differences: the closed-form held-out fit
+    is ours; cone normalisation A is assumed; layers are 0-based; residual rows of pre-norm models equal the sub-layer's.
+    Raises: InputError for an unknown element or option, or a NaN in a site.
+    Cost: 8 (d^2 + d e) bytes and 2 (d^2 + d e) operations per token for each input of width d and target of width e;
+    one eigendecomposition (d^3) for each input; `trained` runs the fit documents `epochs` more times.
+    """
+
+    title: ClassVar[str] = "How non-linear each element is"
+    source: ClassVar[str] = "arXiv 2101.04547"
+    by_layer: ClassVar[bool] = True
+
+    elements: tuple[str, ...] = tuple(ELEMENTS)
+    cosine: tuple[str, ...] = ("ffn", "attn")
+    score_fraction: float = 0.25
+    tune_fraction: float = 0.125
+    ridge: float | None = None
+    split: Literal["hash", "ordered"] = "hash"
+    tokens: Tokens = "actual"
+    fit_tokens: Tokens | None = None
+    special_tokens: bool = True
+    average: Literal["token_then_example", "token"] = "token_then_example"
+    cosine_weights: Literal["inverse_norm2", "none"] = "inverse_norm2"
+    r2_baseline: Literal["score_mean", "fit_mean"] = "score_mean"
+    cone_vectors: Literal["outputs", "layer_outputs"] = "outputs"
+    trained: Literal["cosine_adam", "mse_adam", "relu_control"] | None = None
+    init: Literal["closed_form", "truncated_normal"] = "closed_form"
+    train_epochs: int = 3
+    project: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                listed = ", ".join(str(value) for value in allowed)
+                raise InputError(f"nonlinearity: {name} is {getattr(self, name)!r}; allowed are {listed}")
+        for name in (*self.elements, *self.cosine):
+            if name not in ELEMENTS:
+                raise InputError(f"nonlinearity: unknown element {name!r}; elements are {', '.join(ELEMENTS)}")
+        if not set(self.cosine) <= set(self.elements):
+            raise InputError("nonlinearity: cosine elements must be among the elements")
+        if self.ridge is not None and self.ridge < 0:
+            raise InputError(f"nonlinearity: ridge is {self.ridge}; it is 0 or more")
+
+    def split_rule(self) -> SplitRule:
+        """A given ridge needs no tune documents."""
+        return SplitRule(self.score_fraction, self.tune_fraction if self.ridge is None else 0.0, self.split)
+
+    def epochs(self) -> int:
+        """Passes of the trained approximator."""
+        return self.train_epochs if self.trained else 0
+
+    def wants_padding(self) -> bool:
+        """Whether padding positions are measured."""
+        return {self.tokens, self.fit_tokens} & {"padding", "all"} != set()
+
+    def sites(self, view: View, layer: int) -> tuple[str, ...]:
+        """Every site of the elements that this layer has."""
+        found = (present(ELEMENTS[name], view.maps[layer]) for name in self.elements)
+        sites = [site for element in found if isinstance(element, Element) for site in element.sites]
+        if self.cone_vectors == "layer_outputs":
+            sites.append("resid_next")
+        return tuple(dict.fromkeys(sites))
+
+    def memory(self, setting: Setting) -> int:
+        """Moments of fit and tune rows, the solved maps, and the work space of one eigendecomposition."""
+        total, widest = 0, 0
+        for layer in setting.layers:
+            state = self._layer(setting, layer)
+            for group in state.groups:
+                if isinstance(group, Lines):
+                    continue
+                elements = [element for element in state.elements.values() if isinstance(element, Element)]
+                width = self._width(setting.view, layer, group.source)
+                targets = {_key(e): self._width(setting.view, layer, e.target) for e in elements}
+                widths = [targets[key] for key in group.elements]
+                total += 2 * Moments.nbytes(width, widths) + _WIDE * width * sum(widths)
+                widest = max(widest, width, *widths)
+        return total + 6 * _WIDE * widest * widest
+
+    def _width(self, view: View, layer: int, site: str) -> int:
+        width = view.site_width(layer, site)
+        return width if self.project is None else min(width, self.project)
+
+    def start(self, setting: Setting, packed: dict | None) -> NonlinearityState:
+        """Empty fits for each layer of the pass, or those of a file."""
+        layers = {layer: self._layer(setting, layer) for layer in setting.layers}
+        if packed is not None:
+            for layer, state in layers.items():
+                kept = packed[layer]
+                for group, parts in zip(state.groups, kept["groups"], strict=True):
+                    group.unpack(parts)
+                state.scores = {name: Scores(**parts) for name, parts in kept["scores"].items()}
+                state.fit_directions = kept["fit_directions"]
+                state.trained = {
+                    name: Approximator.unpack(str(self.trained), parts) for name, parts in kept["trained"].items()
+                }
+        return NonlinearityState(layers)
+
+    def _layer(self, setting: Setting, layer: int) -> LayerState:
+        elements = {name: present(ELEMENTS[name], setting.view.maps[layer]) for name in self.elements}
+        by_source: dict[str, list[str]] = {}
+        groups: list[Group | Lines] = []
+        for element in elements.values():
+            if isinstance(element, str):
+                continue
+            if element.elementwise:
+                groups.append(Lines(element.source, (_key(element),)))
+            elif _key(element) not in by_source.setdefault(element.source, []):
+                by_source[element.source].append(_key(element))
+        groups += [Group(source, tuple(keys), weighted=False) for source, keys in by_source.items()]
+        for name in self.cosine:
+            element = elements[name]
+            if isinstance(element, Element) and self._weights(element):
+                groups.append(Group(element.source, (_key(element),), weighted=True))
+        return LayerState(elements, groups, {}, {}, {})
+
+    def see(self, state: NonlinearityState, setting: Setting, layer: int, seen: Seen, sight: Sight) -> None:
+        """Add a layer's rows to the moments, take a training step, or score."""
+        mine = state.layers.get(layer)
+        if mine is None:
+            return
+        scoring = sight.phase == "score"
+        chosen = self._chosen(sight, self.tokens if scoring else self.fit_tokens or self.tokens)
+        if not bool(chosen.any()):
+            return
+        rows = _Rows(self, setting, layer, seen, sight, chosen)
+        if sight.phase == "train":
+            self._train(mine, rows)
+            return
+        for group in mine.groups:
+            x = rows.site(group.source)
+            ys = [rows.target(key) for key in group.elements]
+            if scoring:
+                self._score(mine, setting, group, rows, x, ys)
+            group.add(sight.phase, x, ys)
+        if not scoring:
+            self._fit_directions(mine, rows)
+
+    def _chosen(self, sight: Sight, tokens: Tokens) -> Tensor:
+        masks = sight.scratch.setdefault("masks", {})
+        if tokens not in masks:
+            every = torch.ones_like(sight.mask)
+            chosen = {"actual": sight.mask, "padding": ~sight.mask, "all": every}[tokens]
+            masks[tokens] = chosen if self.special_tokens else chosen & ~sight.special
+        return masks[tokens]
+
+    def _fit_directions(self, mine: LayerState, rows: "_Rows") -> None:
+        for name in self.cosine:
+            element = mine.elements[name]
+            if isinstance(element, Element):
+                y = rows.target(_key(element))
+                length = y.norm(dim=1, keepdim=True)
+                total = (y / length.clamp_min(1e-30)).sum(0, dtype=torch.float64)
+                total = torch.cat([total, (length > 0).sum(0).double()])
+                mine.fit_directions[name] = mine.fit_directions.get(name, torch.zeros_like(total)) + total
+
+    def _train(self, mine: LayerState, rows: "_Rows") -> None:
+        for name, approximator in mine.trained.items():
+            element = mine.elements[name]
+            assert isinstance(element, Element)
+            approximator.step(rows.site(element.source), rows.target(_key(element)))
+
+    def _score(
+        self, mine: LayerState, setting: Setting, group: Group | Lines, rows: "_Rows", x: Tensor, ys: list[Tensor]
+    ) -> None:
+        owners = rows.owners
+        for fit, key, y in zip(group.fits, group.elements, ys, strict=False):
+            path = f"{group.source}>{key}"
+            if path not in mine.scores:
+                mine.scores[path] = Scores.empty(setting.units, y.shape[1], y.device)
+            scores, predicted = mine.scores[path], fit(x)
+            if not group.weighted:
+                scores.add_errors(y, predicted, fit.mean_y, owners)
+            name = next((name for name in self.cosine if _path(mine.elements[name]) == path), None)
+            if name is None or group.weighted != self._weights(mine.elements[name]):
+                continue
+            scores.add_cosines("cos", y, predicted, owners)
+            scores.add_directions(y if self.cone_vectors == "outputs" else rows.site("resid_next"), owners)
+            scores.add_cosines("const", y, mine.fit_directions[name][:-1].to(y.dtype).expand_as(y), owners)
+            if name in mine.trained:
+                scores.add_cosines("trained", y, mine.trained[name](x).detach(), owners)
+
+    def _weights(self, element: Element | str) -> bool:
+        """Whether an element's cosine comes from a fit weighted by 1/|y|^2."""
+        return self.cosine_weights == "inverse_norm2" and isinstance(element, Element) and not element.elementwise
+
+    def turn(self, state: NonlinearityState, setting: Setting, phase: str) -> None:
+        """Solve every fit once the fit and tune documents are done, and start the approximators from them."""
+        if phase != "tune":
+            return
+        for layer, mine in state.layers.items():
+            for group in mine.groups:
+                _refuse_nan(group, layer)
+                if isinstance(group, Lines) and group.shift is None or isinstance(group, Group) and group.fit is None:
+                    continue
+                group.solve(self.ridge, setting.view.dtype)
+            if self.trained is None:
+                continue
+            for name in self.cosine:
+                element = mine.elements[name]
+                if isinstance(element, Element) and not element.elementwise:
+                    mine.trained[name] = self._approximator(mine, element, setting.seed)
+
+    def _approximator(self, mine: LayerState, element: Element, seed: int) -> Approximator:
+        key = _key(element)
+        weighted = self._weights(element)
+        group = next(
+            g for g in mine.groups if g.source == element.source and key in g.elements and g.weighted == weighted
+        )
+        fit = group.fits[group.elements.index(key)]
+        assert not isinstance(group, Lines)
+        weight = fit.weight  # type: ignore[union-attr]
+        if self.init == "closed_form":
+            bias = fit.mean_y - fit.mean_x @ weight
+            return Approximator(str(self.trained), weight.clone(), bias)
+        return Approximator.truncated_normal(str(self.trained), tuple(weight.shape), weight, seed)
+
+    def rows(self, state: NonlinearityState, setting: Setting) -> Iterator[Row]:
+        """Every row of every layer and element; an absent element is one empty row with the reason."""
+        for layer, mine in state.layers.items():
+            insample = {}
+            for group in mine.groups:
+                filled = group.shift is not None if isinstance(group, Lines) else group.fit is not None
+                if filled and not group.weighted:
+                    insample[id(group)] = group.insample(setting.view.dtype)
+            for name, element in mine.elements.items():
+                if isinstance(element, str):
+                    yield Row(
+                        metric="r2_heldout", value=None, unit="1", reason=element, layer=layer, element=name
+                    )
+                    continue
+                yield from element_rows(self, setting, layer, name, mine, insample)
+
+
+class _Rows:
+    """The chosen tokens of one layer of one batch: sites and targets as [tokens, width], each taken out once."""
+
+    def __init__(
+        self, probe: Nonlinearity, setting: Setting, layer: int, seen: Seen, sight: Sight, chosen: Tensor
+    ) -> None:
+        self._probe, self._seen, self._sight, self._chosen = probe, seen, sight, chosen
+        self._setting, self._layer = setting, layer
+        self._sites: dict[str, Tensor] = {}
+        self._targets: dict[str, Tensor] = {}
+
+    def site(self, name: str) -> Tensor:
+        """A site's chosen tokens, projected where the probe projects."""
+        if name not in self._sites:
+            rows = self._sight.rows(self._seen[name], self._chosen)
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            self._sites[name] = self._projected(name, rows)
+        return self._sites[name]
+
+    def target(self, key: str) -> Tensor:
+        """An element's output: its target site, plus the stream added to it."""
+        if key not in self._targets:
+            target, _, add = key.partition("+")
+            if add:
+                rows = self._sight.rows(self._seen[target] + self._seen[add], self._chosen)
+                rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+                self._targets[key] = self._projected(target, rows)
+            else:
+                self._targets[key] = self.site(target)
+        return self._targets[key]
+
+    @property
+    def owners(self) -> Owners:
+        """Whose tokens they are."""
+        key = ("owners", id(self._chosen))
+        if key not in self._sight.scratch:
+            keys = torch.from_numpy((self._setting.unit_keys % GROUPS).astype("int64")).to(self._sight.unit.device)
+            rows = self._sight.owners(self._chosen)
+            self._sight.scratch[key] = Owners(rows, self._sight.unit, keys[self._sight.unit])
+        return self._sight.scratch[key]
+
+    def _projected(self, site: str, rows: Tensor) -> Tensor:
+        width = self._probe.project
+        if width is None or rows.shape[1] <= width:
+            return rows
+        key = ("projection", site, rows.shape[1])
+        if key not in self._sight.scratch:
+            seed = (self._setting.seed * 1_000_003 + _number(site)) % 2**31
+            generator = torch.Generator().manual_seed(seed)
+            matrix = torch.randn(rows.shape[1], width, generator=generator, dtype=torch.float64) / width**0.5
+            self._sight.scratch[key] = matrix.to(rows)
+        return rows @ self._sight.scratch[key]
+
+
+def _number(text: str) -> int:
+    """A number for a name that is the same in every process."""
+    return int.from_bytes(text.encode(), "big") % 1_000_003
+
+
+def _key(element: Element) -> str:
+    return element.target if element.add is None else f"{element.target}+{element.add}"
+
+
+def _path(element: Element | str) -> str | None:
+    """Where an element's scores stand: its source and its target."""
+    return None if isinstance(element, str) else f"{element.source}>{_key(element)}"
+
+
+def _refuse_nan(group: Group | Lines, layer: int) -> None:
+    if isinstance(group, Lines):
+        finite = group.sums is None or bool(torch.isfinite(group.sums).all())
+    else:
+        sums = [] if group.fit is None else [group.fit.sum_x, *group.fit.sum_y]
+        finite = all(bool(torch.isfinite(total).all()) for total in sums)
+    if not finite:
+        raise InputError(f"layer {layer}: {group.source} or what it maps to holds NaN or infinity; check the model")
