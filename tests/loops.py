@@ -33,7 +33,7 @@ def hand_logits(
         stream = embed(model, ids)
         for layer in range(len(layers)) if order is None else order:
             weights = (stream_weights or {}).get(layer, (1.0, 1.0))
-            parts = elements(model, layers[layer], ids.shape[1], weights)
+            parts = elements(model, layers[layer], weights)
             parts.update((changed or {}).get(layer, {}))
             stream = parts["layer"](stream)
         return finish(model, stream)
@@ -58,13 +58,11 @@ def finish(model: nn.Module, stream: Tensor) -> Tensor:
     return model.lm_head(model.transformer.ln_f(stream) if kind == "gpt2" else model.model.norm(stream))
 
 
-def elements(
-    model: nn.Module, layer: nn.Module, positions: int, weights: tuple[float, float] = (1.0, 1.0)
-) -> Elements:
+def elements(model: nn.Module, layer: nn.Module, weights: tuple[float, float] = (1.0, 1.0)) -> Elements:
     """Every element of one layer, in terms of its modules with parameters."""
     kind = model.config.model_type
     make = {"gpt2": _gpt2, "llama": _llama, "bert": _bert}[kind]
-    parts, down, mid_norm, next_norm = make(model, layer, positions)
+    parts, down, mid_norm, next_norm = make(model, layer)
     parts["attn"] = lambda x: parts["attn_proj"](parts["attn_heads"](x))
     parts["ffn"] = lambda x: down(parts["ffn_up"](x))
     parts["attn_residual"] = lambda x: weights[0] * x + parts["attn"](parts["attn_norm"](x))
@@ -75,7 +73,7 @@ def elements(
     return parts
 
 
-def _gpt2(model, layer, positions):
+def _gpt2(model, layer):
     def heads(x):
         query, key, value = layer.attn.c_attn(x).chunk(3, dim=-1)
         return _attend(query, key, value, model.config.n_head, causal=True)
@@ -91,7 +89,7 @@ def _gpt2(model, layer, positions):
     return parts, layer.mlp.c_proj, KEEP, KEEP
 
 
-def _llama(model, layer, positions):
+def _llama(model, layer):
     attn, mlp = layer.self_attn, layer.mlp
 
     def heads(x):
@@ -113,7 +111,7 @@ def _llama(model, layer, positions):
     return parts, mlp.down_proj, KEEP, KEEP
 
 
-def _bert(model, layer, positions):
+def _bert(model, layer):
     own, out = layer.attention.self, layer.attention.output
     parts: Elements = {
         "attn_norm": KEEP,

@@ -1,16 +1,20 @@
 """transect: measure what each part of a Transformer does, build what follows, pre-train it and judge it."""
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transect import data, probes
-    from transect.errors import InputError
-    from transect.measure import measure
-    from transect.report import write_report
-    from transect.results import Row, Table
-    from transect.view import edits
-    from transect.view.view import View
+if TYPE_CHECKING:  # what the lazy names below are, for type checkers and editors
+    from transect import data as data
+    from transect import probes as probes
+    from transect.errors import InputError as InputError
+    from transect.measure import measure as measure
+    from transect.report import write_report as write_report
+    from transect.results import Row as Row
+    from transect.results import Table as Table
+    from transect.view import edits as edits
+    from transect.view.view import View as View
 
 _NAMES = {
     "InputError": ("transect.errors", "InputError"),
@@ -39,3 +43,15 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Package(ModuleType):
+    """Keeps a submodule from hiding the public function of its name: importing `transect.measure` sets it here."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, ModuleType) and _NAMES.get(name, ("", None))[1] is not None:
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

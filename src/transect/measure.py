@@ -46,9 +46,7 @@ def measure(
     return run(make(view, probes, data, batch_size, seed), output, resume, progress)
 
 
-def run(
-    plan: Plan, output: str | None = None, resume: bool = False, progress: Progress | None = None
-) -> Table:
+def run(plan: Plan, output: str | None = None, resume: bool = False, progress: Progress | None = None) -> Table:
     """Carry out a plan."""
     folder = None if output is None else runs.RunFolder.open(output, config_of(plan), resume)
     if folder is not None and folder.finished():
@@ -118,9 +116,7 @@ class _Keeper:
             self.folder.write_rows(self.rows)
 
 
-def _run_pass(
-    plan: Plan, item: Pass, keeper: _Keeper, progress: Progress | None, stopped: Callable[[], bool]
-) -> None:
+def _run_pass(plan: Plan, item: Pass, keeper: _Keeper, progress: Progress | None, stopped: Callable[[], bool]) -> None:
     states = keeper.states(item)
     for index in range(keeper.stage, len(item.stages)):
         stage = item.stages[index]
@@ -137,7 +133,7 @@ def _run_pass(
         keeper.stage, keeper.batch = index + 1, 0
     rows = []
     for probe, setting, state in zip(item.probes, item.settings, states, strict=True):
-        rows += [stamped(row, plan, probe) for row in probe.rows(state, setting)]
+        rows += stamped(probe.rows(state, setting), plan, probe)
     keeper.finish_pass(rows)
 
 
@@ -160,7 +156,9 @@ def _run_batch(view: View, item: Pass, stage: Stage, states: list[Any], batch: B
         watchers.append((probe, setting, state, sight))
     wanted: dict[int, tuple[str, ...]] = {}
     for layer in range(view.num_layers):
-        sites = [site for probe, setting, _, _ in watchers if layer in setting.layers for site in probe.sites(view, layer)]
+        sites = [
+            site for probe, setting, _, _ in watchers if layer in setting.layers for site in probe.sites(view, layer)
+        ]
         if sites:
             wanted[layer] = tuple(dict.fromkeys(sites))
 
@@ -187,22 +185,22 @@ def _pad_id(view: View) -> int:
     return pad if isinstance(pad, int) and 0 <= pad < view.vocab_size else 0
 
 
-def stamped(row: Row, plan: Plan, probe: Probe) -> Row:
-    """The row with its provenance."""
+def stamped(rows: Iterable[Row], plan: Plan, probe: Probe) -> list[Row]:
+    """The rows with their provenance."""
     view, data = plan.view, plan.data
-    return replace(
-        row,
-        model=view.name,
-        revision=view.revision,
-        tokens=data.num_tokens,
-        probe=probe.name,
-        dtype=str(view.dtype).removeprefix("torch."),
-        seed=plan.seed,
-        data=f"{data.name} [{data.fingerprint}]",
-        config=runs.fingerprint({"probe": probe.name, **asdict(probe)}),
-        code=f"transect {importlib.metadata.version('transect')}",
-        documents=row.documents if row.documents is not None else data.num_documents,
-    )
+    provenance = {
+        "model": view.name,
+        "revision": view.revision,
+        "tokens": data.num_tokens,
+        "probe": probe.name,
+        "dtype": str(view.dtype).removeprefix("torch."),
+        "seed": plan.seed,
+        "data": f"{data.name} [{data.fingerprint}]",
+        "config": runs.fingerprint({"probe": probe.name, **asdict(probe)}),
+        "code": f"transect {importlib.metadata.version('transect')}",
+    }
+    documents = data.num_documents
+    return [replace(r, **provenance, documents=documents if r.documents is None else r.documents) for r in rows]
 
 
 def config_of(plan: Plan) -> dict:

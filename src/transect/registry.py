@@ -9,7 +9,7 @@ from transect.errors import InputError
 
 
 def available(package: str) -> tuple[str, ...]:
-    """Names of the modules of a package, without importing them; `base` and names with an underscore are not plug-ins."""
+    """Names of a package's modules, not imported; `base` and names with an underscore are not plug-ins."""
     path = importlib.import_module(package).__path__
     names = (module.name for module in pkgutil.iter_modules(path))
     return tuple(sorted(name for name in names if name != "base" and not name.startswith("_")))
@@ -27,7 +27,9 @@ def load(package: str, name: str, base: type) -> type:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InputError(f"unknown {package.rpartition('.')[2].rstrip('s')} {name!r}; known are {', '.join(known)}{hint}")
+        raise InputError(
+            f"unknown {package.rpartition('.')[2].rstrip('s')} {name!r}; known are {', '.join(known)}{hint}"
+        )
     module = importlib.import_module(f"{package}.{name}")
     found = [item for item in vars(module).values() if _is_plugin(item, base) and item.__module__ == module.__name__]
     if len(found) != 1:

@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from families import EXPERTS_PER_TOKEN, FAMILIES, VARIANTS, family, random_ids, tiny_model
 
+from families import EXPERTS_PER_TOKEN, FAMILIES, VARIANTS, family, random_ids, tiny_model
 from transect.errors import InputError
 from transect.view.sites import NEXT, SITES
 from transect.view.view import View

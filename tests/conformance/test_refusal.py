@@ -5,8 +5,9 @@ import types
 
 import pytest
 import torch
-from families import random_ids, tiny_model
+from transformers import AutoModelForMaskedLM
 
+from families import family, random_ids, tiny_model
 from transect.errors import InputError
 from transect.view.layout import Tap
 from transect.view.sites import NEXT
@@ -150,6 +151,14 @@ def test_model_without_a_chain_of_layers_is_refused():
         View(model)
 
 
+@pytest.mark.parametrize("layers", [3, 5])
+def test_layers_in_several_lists_are_refused(layers):
+    """Groups of two layers each: a list of groups that are no layers, and two lists of layers."""
+    config = family("albert").but(num_hidden_groups=2, inner_group_num=2)(layers)
+    with pytest.raises(InputError, match="its layers stand in several lists"):
+        View(AutoModelForMaskedLM.from_config(config, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_proof_does_not_depend_on_the_gradient_mode(frozen):
     model = tiny_model("gpt2").requires_grad_(not frozen)
@@ -179,7 +188,7 @@ def test_layer_without_the_site(gpt2):
         pass
     parallel = View(tiny_model("gpt_neox"))
     with (
-        pytest.raises(InputError, match="layer 2 of .* has no site 'resid_mid': a parallel layer"),
+        pytest.raises(InputError, match=r"layer 2 of .* has no site 'resid_mid': a parallel layer"),
         parallel.capture(("resid_mid",), [2]),
     ):
         pass

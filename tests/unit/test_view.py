@@ -7,9 +7,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from families import FEED_FORWARD, VOCAB, random_ids, tiny_model
 from safetensors.torch import load_file, save_file
 
+from families import FEED_FORWARD, VOCAB, random_ids, tiny_model
 from transect.errors import InputError
 from transect.view.view import View
 
@@ -45,7 +45,7 @@ def test_logits_do_not_depend_on_padding(padded_view, side, generator):
 
 
 def padded_atol(view: View) -> float:
-    return 1e-6 if view.model.config.model_type in ("mistral", "modernbert") else 1e-10
+    return 1e-5 if view.model.config.model_type in ("llama", "mistral", "modernbert") else 1e-10
 
 
 def test_full_mask_is_no_mask(padded_view, generator):
@@ -112,6 +112,11 @@ def test_source_of_a_wrong_kind(source):
 # folders
 
 
+def same_weights(one, other):
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(name == same and torch.equal(a.float(), b.float()) for (name, a), (same, b) in pairs)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Folders of tiny models; copy one before changing it."""
@@ -136,8 +141,9 @@ def test_folder(saved, name, dtype, generator):
     assert view.name == f"tiny-{name}"
     assert view.revision is None
     assert view.tokenizer is None
-    expected = View(tiny_model(name)).logits(ids)
-    close(view.logits(ids).float(), expected, atol=1e-5 if wide else 0)
+    assert same_weights(view.model, tiny_model(name))
+    # the file's model runs another implementation of attention
+    close(view.logits(ids).float(), View(tiny_model(name)).logits(ids), atol=1e-5)
 
 
 def test_folder_given_with_a_trailing_dot(saved, monkeypatch):
@@ -151,17 +157,17 @@ def test_folder_keeps_its_head(saved):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(InputError, match="no model folder .*/nothing; give a folder with config.json"):
+    with pytest.raises(InputError, match=r"no model folder .*/nothing; give a folder with config.json"):
         View.load(tmp_path / "nothing")
 
 
 def test_folder_without_config(tmp_path):
-    with pytest.raises(InputError, match="is not a model folder: it has no config.json"):
+    with pytest.raises(InputError, match=r"is not a model folder: it has no config.json"):
         View.load(tmp_path)
 
 
 def test_file_that_is_no_model(folder):
-    with pytest.raises(InputError, match="no model folder .*model.safetensors"):
+    with pytest.raises(InputError, match=r"no model folder .*model.safetensors"):
         View.load(folder / "model.safetensors")
 
 
@@ -179,14 +185,14 @@ def test_unknown_model_type(folder):
 
 def test_config_that_is_not_json(folder):
     (folder / "config.json").write_text("{")
-    with pytest.raises(InputError, match="cannot load .*gpt2-copy"):
+    with pytest.raises(InputError, match=r"cannot load .*gpt2-copy"):
         View.load(folder)
 
 
 def test_truncated_weights(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match="cannot load .*gpt2-copy"):
+    with pytest.raises(InputError, match=r"cannot load .*gpt2-copy"):
         View.load(folder)
 
 
@@ -200,7 +206,7 @@ def test_missing_weight(folder):
 
 def test_weight_of_a_wrong_shape(folder):
     edit_config(folder, n_inner=FEED_FORWARD + 2)
-    with pytest.raises(InputError, match="cannot load .*gpt2-copy"):
+    with pytest.raises(InputError, match=r"cannot load .*gpt2-copy"):
         View.load(folder)
 
 
@@ -215,11 +221,11 @@ def test_unknown_device(saved):
         View.load(saved["gpt2"], device="nowhere")
 
 
-def test_sharded_weights(tmp_path, generator):
-    model, ids = tiny_model("llama"), random_ids((2, 7), generator)
+def test_sharded_weights(tmp_path):
+    model = tiny_model("llama")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 1
-    assert torch.equal(View.load(tmp_path / "sharded").logits(ids), View(model).logits(ids))
+    assert same_weights(View.load(tmp_path / "sharded").model, model)
 
 
 def test_provenance_gives_the_revision_and_note(folder):
@@ -251,10 +257,10 @@ def run_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("revision", "step"), [(None, 10), ("step-2", 2), ("step-10", 10)])
-def test_run_folder(run_folder, revision, step, generator):
-    view, ids = View.load(run_folder, revision), random_ids((2, 7), generator)
+def test_run_folder(run_folder, revision, step):
+    view = View.load(run_folder, revision)
     assert (view.name, view.revision) == ("my-run", f"step-{step}")
-    assert torch.equal(view.logits(ids), View(tiny_model("gpt2", seed=step)).logits(ids))
+    assert same_weights(view.model, tiny_model("gpt2", seed=step))
 
 
 @pytest.mark.parametrize("revision", ["step-3", "step-11"])
@@ -346,7 +352,7 @@ def test_gguf(tmp_path, by_folder):
 
 
 def test_missing_gguf(tmp_path):
-    with pytest.raises(InputError, match="no file .*nothing.gguf; give a GGUF file"):
+    with pytest.raises(InputError, match=r"no file .*nothing.gguf; give a GGUF file"):
         View.load(tmp_path / "nothing.gguf")
 
 

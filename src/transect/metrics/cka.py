@@ -34,5 +34,5 @@ def gram_products(states: Tensor, block: int = 256) -> Tensor:
 def from_products(products: Tensor) -> Tensor:
     """The CKA matrix [layers, layers] from `gram_products`; exactly symmetric, 1 on the diagonal."""
     size = products.diagonal().sqrt()
-    matrix = products / (size[:, None] * size[None, :])
+    matrix = (products + products.T) / 2 / (size[:, None] * size[None, :])
     return matrix.fill_diagonal_(1.0).clamp(0, 1)

@@ -27,7 +27,8 @@ def bootstrap(sums: np.ndarray, keys: np.ndarray, statistic: Statistic, seed: in
     their keys, so the draws do not depend on the order they came in. Returns the value on all documents and an Error
     for each of its elements, None where fewer than two documents contribute or a draw has no value.
     """
-    order = np.lexsort((*sums.T[:1], keys))
+    ties = sums.T if len(np.unique(keys)) < len(keys) else ()
+    order = np.lexsort((*ties, keys))
     sums = sums[order]
     value = np.atleast_1d(statistic(sums.sum(0, keepdims=True))[0])
     if len(sums) < 2:

@@ -7,8 +7,8 @@ def normalized(score: float, cone: float, how: str) -> float | None:
     """Score corrected for the cone its targets lie in: A (score - cone) / (1 - cone), B score - cone.
 
     None when A has no value because all targets point the same way. Source: arXiv 2101.04547; the formula is not
-    published, A is assumed with confidence 0.65, so both are written. A predictor that ignores its input can score above
-    0 under both: the constant baseline stands beside them.
+    published, A is assumed with confidence 0.65, so both are written. A predictor that ignores its input can score
+    above 0 under both: the constant baseline stands beside them.
     """
     if how == "B":
         return score - cone

@@ -61,7 +61,9 @@ class Moments:
         for index, y in enumerate(ys):
             y = y - self.shift_y[index]
             squares = y.square().sum(1, dtype=torch.float64)
-            self.sum_y[index] += (y if weights is None else y * weights[:, None].to(y.dtype)).sum(0, dtype=torch.float64)
+            self.sum_y[index] += (y if weights is None else y * weights[:, None].to(y.dtype)).sum(
+                0, dtype=torch.float64
+            )
             self.sum_yy[index] += squares.sum() if weights is None else squares @ weights.double()
             if x.dtype == torch.float64:
                 self.sum_xy[index].addmm_(scaled.T, y)

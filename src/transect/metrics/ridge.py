@@ -66,35 +66,53 @@ def insample_r2(moments: Moments, spectrum: Spectrum, target: int) -> float | No
     return float((along / spectrum.values).sum()) / cyy
 
 
-def solve(fit: Moments, spectrum: Spectrum, target: int, ridge: float, dtype: torch.dtype) -> Fit:
-    """W = Q diag(1 / (lambda + ridge mean(lambda))) Q^T Cxy."""
-    projected = spectrum.vectors.T @ fit.cxy(target)
-    weight = spectrum.vectors @ (spectrum.inverse(ridge)[:, None] * projected)
-    return Fit(weight.to(dtype), fit.mean_x.to(dtype), fit.mean_y(target).to(dtype), ridge)
+@dataclass(frozen=True, slots=True, eq=False)
+class Solver:
+    """Solves any target of the fit rows for any ridge, and chooses the ridge on tune rows; shared work is done once.
 
-
-def tuned_ridge(fit: Moments, spectrum: Spectrum, tune: Moments, target: int) -> float:
-    """The largest ridge whose R^2 on the tune rows is within 1e-4 of the best.
-
-    SSE = syy - 2 <W, Sxy> + <W, Sxx W> + n |uy - W^T ux - b|^2, rewritten in the eigenbasis, so that each further ridge
-    costs r^2. The large end matters: independent data still score below 0 at ridge 1.
+    W = Q diag(1 / (lambda + ridge mean(lambda))) Q^T Cxy.
     """
-    q = spectrum.vectors
-    projected = q.T @ fit.cxy(target)
-    cross = (projected * (q.T @ tune.cxy(target))).sum(1)
-    quadratic = (q.T @ tune.cxx @ q) * (projected @ projected.T)
-    off_x = q.T @ (tune.mean_x - fit.mean_x)
-    off_y = tune.mean_y(target) - fit.mean_y(target)
-    spread = float(tune.cyy(target))
-    losses = []
-    for ridge in RIDGES:
-        inverse = spectrum.inverse(ridge)
-        bias = off_y - (inverse * off_x) @ projected
-        losses.append(
-            spread
-            - 2 * float(inverse @ cross)
-            + float(inverse @ quadratic @ inverse)
-            + float(tune.count * bias.square().sum())
-        )
-    slack = TUNE_SLACK * max(spread, 0.0)
-    return max(ridge for ridge, loss in zip(RIDGES, losses, strict=True) if loss <= min(losses) + slack)
+
+    fit: Moments
+    tune: Moments | None
+    spectrum: Spectrum
+    rotated: Tensor | None  # Q^T Sxx Q of the tune rows
+
+    @classmethod
+    def of(cls, fit: Moments, tune: Moments | None, rcond: float) -> "Solver":
+        """Decompose the fit rows' inputs."""
+        spectrum = decompose(fit, rcond)
+        q = spectrum.vectors
+        return cls(fit, tune, spectrum, None if tune is None else q.T @ tune.cxx @ q)
+
+    def __call__(self, target: int, ridge: float | None, dtype: torch.dtype) -> Fit:
+        """The fit with the ridge given, or with the one the tune rows choose (0 without tune rows)."""
+        q = self.spectrum.vectors
+        projected = q.T @ self.fit.cxy(target)
+        chosen = self._tuned(target, projected) if ridge is None else ridge
+        weight = q @ (self.spectrum.inverse(chosen)[:, None] * projected)
+        return Fit(weight.to(dtype), self.fit.mean_x.to(dtype), self.fit.mean_y(target).to(dtype), chosen)
+
+    def _tuned(self, target: int, projected: Tensor) -> float:
+        """The largest ridge whose R^2 on the tune rows is within 1e-4 of the best.
+
+        SSE = syy - 2 <W, Sxy> + <W, Sxx W> + n |uy - W^T ux - b|^2, rewritten in the eigenbasis, so that each further
+        ridge costs r^2. The large end matters: independent data still score below 0 at ridge 1.
+        """
+        fit, tune = self.fit, self.tune
+        if tune is None or self.rotated is None:
+            return 0.0
+        q = self.spectrum.vectors
+        cross = (projected * (q.T @ tune.cxy(target))).sum(1)
+        quadratic = self.rotated * (projected @ projected.T)
+        off_x = q.T @ (tune.mean_x - fit.mean_x)
+        off_y = tune.mean_y(target) - fit.mean_y(target)
+        spread = float(tune.cyy(target))
+        losses = []
+        for ridge in RIDGES:
+            inverse = self.spectrum.inverse(ridge)
+            bias = off_y - (inverse * off_x) @ projected
+            explained = 2 * inverse @ cross - inverse @ quadratic @ inverse
+            losses.append(spread - float(explained) + float(tune.count * bias.square().sum()))
+        slack = TUNE_SLACK * max(spread, 0.0)
+        return max(ridge for ridge, loss in zip(RIDGES, losses, strict=True) if loss <= min(losses) + slack)

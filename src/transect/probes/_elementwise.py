@@ -28,6 +28,11 @@ class Lines:
     fits: list["Slopes"] = field(default_factory=list)
     spread: Spread | None = None
 
+    @property
+    def filled(self) -> bool:
+        """Whether any row has come."""
+        return self.sums is not None
+
     def add(self, phase: str, x: Tensor, ys: list[Tensor]) -> None:
         """Add rows [n, width]."""
         y = ys[0]
@@ -53,7 +58,9 @@ class Lines:
         mean_x, mean_y, xx, xy, _ = self._moments(0)
         chosen = kept(xx, rcond_for(dtype))
         if bool(chosen.any()):
-            self.spread = Spread(self.counts[0], int(chosen.sum()), float(effective_rank(xx)), float(participation_ratio(xx)))
+            self.spread = Spread(
+                self.counts[0], int(chosen.sum()), float(effective_rank(xx)), float(participation_ratio(xx))
+            )
             ridge = self._tuned(chosen) if ridge is None else ridge
             slope = torch.where(chosen, xy / (xx + ridge * xx.mean()), torch.zeros_like(xx))
             kind = torch.promote_types(dtype, torch.float32)
@@ -91,7 +98,7 @@ class Lines:
             "sums": self.sums,
             "counts": list(self.counts),
             "fits": [[fit.slope, fit.mean_x, fit.mean_y, fit.ridge] for fit in self.fits],
-            "spread": self.spread and [self.spread.rows, self.spread.rank, self.spread.effective, self.spread.participation],
+            "spread": self.spread and self.spread.pack(),
         }
 
     def unpack(self, packed: dict) -> None:

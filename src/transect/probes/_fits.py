@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from transect.metrics.moments import Moments
-from transect.metrics.ridge import Fit, decompose, insample_r2, rcond_for, solve, tuned_ridge
+from transect.metrics.ridge import Fit, Solver, decompose, insample_r2, rcond_for
 from transect.metrics.spectrum import effective_rank, participation_ratio
 
 GROUPS = 10
@@ -31,6 +31,10 @@ class Spread:
     effective: float
     participation: float
 
+    def pack(self) -> list:
+        """Plain numbers."""
+        return [self.rows, self.rank, self.effective, self.participation]
+
 
 @dataclass(slots=True, eq=False)
 class Group:
@@ -47,6 +51,11 @@ class Group:
     fits: list[Fit] = field(default_factory=list)
     spread: Spread | None = None
 
+    @property
+    def filled(self) -> bool:
+        """Whether any row has come."""
+        return self.fit is not None
+
     def add(self, phase: str, x: Tensor, ys: list[Tensor]) -> None:
         """Add rows to the moments of their phase; score rows join the fit's once it is solved."""
         weights = _inverse_squares(ys[0]) if self.weighted else None
@@ -61,15 +70,13 @@ class Group:
     def solve(self, ridge: float | None, dtype: torch.dtype) -> None:
         """Solve every target on the fit rows, with the ridge given or the one the tune rows choose."""
         assert self.fit is not None
-        spectrum = decompose(self.fit, rcond_for(dtype))
-        values = spectrum.eigenvalues
-        if spectrum.rank:
-            self.spread = Spread(self.fit.rows, spectrum.rank, float(effective_rank(values)), float(participation_ratio(values)))
-            for target in range(len(self.elements)):
-                chosen = ridge
-                if chosen is None:
-                    chosen = 0.0 if self.tune is None else tuned_ridge(self.fit, spectrum, self.tune, target)
-                self.fits.append(solve(self.fit, spectrum, target, chosen, torch.promote_types(dtype, torch.float32)))
+        solver = Solver.of(self.fit, self.tune, rcond_for(dtype))
+        values, rank = solver.spectrum.eigenvalues, solver.spectrum.rank
+        if rank:
+            effective, participation = float(effective_rank(values)), float(participation_ratio(values))
+            self.spread = Spread(self.fit.rows, rank, effective, participation)
+            kind = torch.promote_types(dtype, torch.float32)
+            self.fits = [solver(target, ridge, kind) for target in range(len(self.elements))]
         if self.tune is not None:
             self.fit.merge(self.tune)
             self.tune = None
@@ -88,7 +95,7 @@ class Group:
             "fit": self.fit and self.fit.pack(),
             "tune": self.tune and self.tune.pack(),
             "fits": [[fit.weight, fit.mean_x, fit.mean_y, fit.ridge] for fit in self.fits],
-            "spread": self.spread and [self.spread.rows, self.spread.rank, self.spread.effective, self.spread.participation],
+            "spread": self.spread and self.spread.pack(),
         }
 
     def unpack(self, packed: dict) -> None:
@@ -156,7 +163,7 @@ class Scores:
 
 
 def _cosine(y: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
-    """cos(y, predicted) [tokens] float64, 0 where y is zero, and whether y has a direction; clamped against rounding."""
+    """cos(y, predicted) [tokens] float64, 0 where y is zero, and whether y has a direction; clamped to -1..1."""
     wide = y.norm(dim=1).double(), predicted.norm(dim=1).double()
     product = (y * predicted).sum(1, dtype=torch.float64)
     directed = wide[0] > 0

@@ -27,7 +27,11 @@ def element_rows(
     element = state.elements[name]
     assert isinstance(element, Element)
     key = element.target if element.add is None else f"{element.target}+{element.add}"
-    group = next(group for group in state.groups if key in group.elements and not group.weighted and group.source == element.source)
+    group = next(
+        group
+        for group in state.groups
+        if key in group.elements and not group.weighted and group.source == element.source
+    )
     base = Row(metric="r2_heldout", value=0.0, unit="1", layer=layer, element=name)
     if probe.project is not None:
         base = replace(base, variant=f"projected/{probe.project}")
@@ -38,7 +42,8 @@ def element_rows(
     if spread is None:
         reason = f"{element.source} is the same for every fit token" if id(group) in insample else "no fit tokens"
     elif not element.elementwise and spread.rank >= spread.rows - 1:
-        reason = f"{spread.rows} fit tokens cannot determine a map of {setting.view.site_width(layer, element.source)} inputs"
+        width = setting.view.site_width(layer, element.source)
+        reason = f"{spread.rows} fit tokens cannot determine a map of {width} inputs"
     elif scores is None:
         reason = "no score tokens"
     if reason is not None or spread is None or scores is None:
@@ -46,9 +51,15 @@ def element_rows(
     else:
         yield from _r2(probe, setting, heldout, scores)
         fit = group.fits[group.elements.index(key)]
-        yield replace(base, metric="ridge", value=fit.ridge, split="tune" if probe.ridge is None else "given", n=spread.rows)
+        yield replace(
+            base, metric="ridge", value=fit.ridge, split="tune" if probe.ridge is None else "given", n=spread.rows
+        )
     if spread is not None:
-        ranks = (("rank", float(spread.rank)), ("effective_rank", spread.effective), ("participation_ratio", spread.participation))
+        ranks = (
+            ("rank", float(spread.rank)),
+            ("effective_rank", spread.effective),
+            ("participation_ratio", spread.participation),
+        )
         for metric, value in ranks:
             yield replace(base, metric=metric, value=value, unit="directions", split="fit", n=spread.rows)
     if id(group) in insample:
@@ -61,7 +72,7 @@ def _unit(probe: "Nonlinearity", setting: Setting) -> str:
     return setting.unit_name if probe.split == "hash" else "ordered"
 
 
-def _insample(group, key: str, base: Row, found: tuple) -> Iterator[Row]:  # noqa: ANN001
+def _insample(group, key: str, base: Row, found: tuple) -> Iterator[Row]:
     rank, values = found
     count = group.counts[0] if hasattr(group, "counts") else group.fit.rows
     value = values[group.elements.index(key)]
@@ -92,7 +103,7 @@ def _r2(probe: "Nonlinearity", setting: Setting, row: Row, scores: Scores) -> It
 
 def _cosines(
     probe: "Nonlinearity", setting: Setting, base: Row, heldout: Row, scores: Scores, fit_directions
-) -> Iterator[Row]:  # noqa: ANN001
+) -> Iterator[Row]:
     sums = scores.sums.cpu().numpy()
     tokens = int(sums[:, AT["cos_n"]].sum())
     if tokens == 0:
@@ -115,7 +126,12 @@ def _cosines(
     if float(directions[-1]) > 0:
         insample = float(directions[:-1].norm() / directions[-1])
         yield replace(
-            base, metric="constant_baseline", value=insample, split="insample", n=int(directions[-1]), variant="insample"
+            base,
+            metric="constant_baseline",
+            value=insample,
+            split="insample",
+            n=int(directions[-1]),
+            variant="insample",
         )
     if cone is None:
         yield replace(common, metric="cone_size", value=None, reason="fewer than two score outputs have a direction")

@@ -124,7 +124,7 @@ class Probe(ABC):
     def see(self, state: Any, setting: Setting, layer: int, seen: Seen, sight: Sight) -> None:
         """Add one layer of one batch."""
 
-    def turn(self, state: Any, setting: Setting, phase: str) -> None:
+    def turn(self, state: Any, setting: Setting, phase: str) -> None:  # noqa: B027 - most probes have nothing to do
         """Called when a phase is over."""
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -112,7 +113,7 @@ class Jump(Probe):
         units = [unit(state, self.eps) for state in states]
         wide = [widened(state) for state in states]
         norms = [state.norm(dim=-1) for state in wide]
-        pairs = list(zip(units, units[1:], strict=False))
+        pairs = list(pairwise(units))
         psi = [_DISPLACEMENTS[self.displacement](before, after) for before, after in pairs]
         columns = [torch.ones_like(norms[0]), *psi]
         columns += [2 * chord_displacement(before, after) for before, after in pairs]
@@ -121,7 +122,7 @@ class Jump(Probe):
             for before, after, norm in zip(wide, wide[1:], norms, strict=False)
         ]
         columns += norms
-        rises = [hinge_rate(before, after) for before, after in zip(psi, psi[1:], strict=False)]
+        rises = [hinge_rate(before, after) for before, after in pairwise(psi)]
         columns += rises
         if self.windows:
             columns += [chord_angle(units[i], units[j]) for i in range(len(units)) for j in range(i + 1, len(units))]
@@ -179,7 +180,9 @@ class Jump(Probe):
         def values(totals: np.ndarray) -> np.ndarray:
             with np.errstate(invalid="ignore", divide="ignore"):
                 means = totals / totals[:, :1]
-            steps = np.maximum(np.diff(means[:, psi], axis=1), 0) if self.average == "mean_then_zeta" else means[:, rise]
+            steps = (
+                np.maximum(np.diff(means[:, psi], axis=1), 0) if self.average == "mean_then_zeta" else means[:, rise]
+            )
             zetas = [100 * steps[:, start - 2 :].sum(1) for start in starts]
             return np.column_stack([means, *zetas])
 

@@ -71,14 +71,15 @@ class Nonlinearity(Probe):
     R^2 = 1 - |Y - Y*|^2 / |Y - mean(Y)|^2 with Y* = W X + b, W the ridge fit on other documents; `r2_insample` is the
     unregularised fit on its own rows, with `r2_floor` = rank / (n - 1), what independent data would score. For the
     `cosine` elements: gamma = mean cos(y, y*) of the fit weighted by 1/|y|^2 (`cosine_closed_form`), mean cosine over
-    pairs of outputs (`cone_size`), gamma corrected for it (`linearity_normalized`, A and B), the best constant direction
-    (`constant_baseline`), and with `trained` the paper's approximator (`linearity`). For attention the map sees only the
-    token's own input: the score mixes "not linear" with "uses other tokens".
+    pairs of outputs (`cone_size`), gamma corrected for it (`linearity_normalized`, A and B), the best constant
+    direction (`constant_baseline`), and with `trained` the paper's approximator (`linearity`). For attention the map
+    sees only the token's own input: the score mixes "not linear" with "uses other tokens".
 
     Range and unit: R^2 up to 1 (negative when worse than the mean); cosines -1 to 1; ranks in directions.
     Reads: the element's sites; padding never counts unless `tokens` asks for it.
-    Source: arXiv 2101.04547 for elements, cosine score, cone and approximator. Differences: the closed-form held-out fit
-    is ours; cone normalisation A is assumed; layers are 0-based; residual rows of pre-norm models equal the sub-layer's.
+    Source: arXiv 2101.04547 for elements, cosine score, cone and approximator. Differences: the closed-form held-out
+    fit is ours; cone normalisation A is assumed; layers are 0-based; residual rows of pre-norm models equal the
+    sub-layer's.
     Raises: InputError for an unknown element or option, or a NaN in a site.
     Cost: 8 (d^2 + d e) bytes and 2 (d^2 + d e) operations per token for each input of width d and target of width e;
     one eigendecomposition (d^3) for each input; `trained` runs the fit documents `epochs` more times.
@@ -269,9 +270,8 @@ class Nonlinearity(Probe):
         for layer, mine in state.layers.items():
             for group in mine.groups:
                 _refuse_nan(group, layer)
-                if isinstance(group, Lines) and group.shift is None or isinstance(group, Group) and group.fit is None:
-                    continue
-                group.solve(self.ridge, setting.view.dtype)
+                if group.filled:
+                    group.solve(self.ridge, setting.view.dtype)
             if self.trained is None:
                 continue
             for name in self.cosine:
@@ -298,14 +298,11 @@ class Nonlinearity(Probe):
         for layer, mine in state.layers.items():
             insample = {}
             for group in mine.groups:
-                filled = group.shift is not None if isinstance(group, Lines) else group.fit is not None
-                if filled and not group.weighted:
+                if group.filled and not group.weighted:
                     insample[id(group)] = group.insample(setting.view.dtype)
             for name, element in mine.elements.items():
                 if isinstance(element, str):
-                    yield Row(
-                        metric="r2_heldout", value=None, unit="1", reason=element, layer=layer, element=name
-                    )
+                    yield Row(metric="r2_heldout", value=None, unit="1", reason=element, layer=layer, element=name)
                     continue
                 yield from element_rows(self, setting, layer, name, mine, insample)
 

@@ -124,7 +124,9 @@ class Similarity(Probe):
             yield Row(metric="cka", value=None, unit="1", reason=reason, **common)
         else:
             full = _matrices(centred)
-            without = [_matrices(_recentred(states[:, groups != group])) for group in groups.unique()] if self.errors else []
+            without = (
+                [_matrices(_recentred(states[:, groups != group])) for group in groups.unique()] if self.errors else []
+            )
             yield from _matrix_rows(full, without, common)
         yield from self._anisotropy(state, setting)
 

@@ -51,21 +51,34 @@ def chain_output(call: Call) -> Tensor:
 
 
 def _chain(base: nn.Module, calls: list[Call]) -> tuple[list[Call], str]:
-    best: list[Call] = []
-    best_path = ""
+    chains: dict[str, list[Call]] = {}
     for path, module in base.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
         members = {id(child) for child in module}
         chain = _linked([call for call in calls if id(call.module) in members])
-        if len(chain) > len(best):
-            best, best_path = chain, path
-    if not best:
+        if chain:
+            chains[path] = chain
+    if not chains:
         raise InputError(
             f"{type(base).__name__}: no chain of layers found; a model must hold its layers in a ModuleList in which "
             "each layer takes the hidden states the one before returned"
         )
+    best_path = max(chains, key=lambda path: len(chains[path]))
+    best = chains[best_path]
+    for path, other in chains.items():
+        if _follows(other, best) or _follows(best, other):
+            raise InputError(
+                f"{type(base).__name__}: its layers stand in several lists, {best_path} and {path}; "
+                "a model must hold them in one"
+            )
     return best, best_path
+
+
+def _follows(second: list[Call], first: list[Call]) -> bool:
+    """Whether the stream goes on from one chain into another."""
+    key = hidden_key(second[0])
+    return key is not None and torch.equal(second[0].inputs[key], chain_output(first[-1]))
 
 
 def _linked(calls: list[Call]) -> list[Call]:

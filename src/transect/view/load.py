@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from transect.errors import InputError
 
@@ -43,7 +44,7 @@ def load_model(
         model, tokenizer = _read(where, kind, trust_remote_code)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot load {source}: {first}") from error
     return Loaded(_placed(model, device, live=False), tokenizer, where.name, where.label, where.notes)
@@ -102,8 +103,13 @@ def _provenance(path: Path) -> tuple[tuple[str, ...], str | None]:
     file = path / "provenance.json"
     if not file.is_file():
         return (), None
-    record = json.loads(file.read_text(encoding="utf-8"))
-    label = f"{record['package']}=={record['version']} sha256:{record['sha256'][:16]}"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        label = f"{record['package']}=={record['version']} sha256:{record['sha256'][:16]}"
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"cannot read {file}: {type(error).__name__} {error}; it holds package, version and sha256, or is not there"
+        ) from error
     return ((record["note"],) if record.get("note") else ()), label
 
 
@@ -116,23 +122,38 @@ def _read(where: _Where, dtype: torch.dtype, trust_remote_code: bool) -> tuple[P
     config = AutoConfig.from_pretrained(where.path, **extra)
     if dtype == torch.float64:  # fused experts refuse float64
         config._experts_implementation = "eager"
-    model_class = _model_class(config, trust_remote_code)
+    model_class = _model_class(config, trust_remote_code, where.gguf is not None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=DeprecationWarning)
-        model = model_class.from_pretrained(where.path, config=config, dtype=dtype, **extra)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(where.path, **extra)
-        except (OSError, ValueError, KeyError, AttributeError):  # a model without a tokenizer takes token ids
-            tokenizer = None
-    return model, tokenizer
+        model, report = model_class.from_pretrained(
+            where.path, config=config, dtype=dtype, output_loading_info=True, **extra
+        )
+        if report["missing_keys"]:
+            raise InputError(
+                f"cannot load {where.path}: weight {min(report['missing_keys'])} is not in the checkpoint "
+                f"({len(report['missing_keys'])} missing); a {type(model).__name__} would have it made up"
+            )
+        return model, _tokenizer(where.path, extra)
 
 
-def _model_class(config: Any, trust_remote_code: bool) -> Any:
+def _tokenizer(path: str, extra: dict[str, Any]) -> Any:
+    """The tokenizer; None where there is none, as a model without one takes token ids."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **extra)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    # without files, transformers makes up one that knows special tokens only
+    return tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None
+
+
+def _model_class(config: Any, trust_remote_code: bool, gguf: bool) -> Any:
     """The class the checkpoint was saved as, so that its head comes along and nothing is made up."""
     architectures = getattr(config, "architectures", None) or []
     named = getattr(transformers, architectures[0], None) if architectures else None
     if named is not None:
         return named
+    if gguf and type(config) in AutoModelForCausalLM._model_mapping:  # such a file does not say, but has the head
+        return AutoModelForCausalLM
     if trust_remote_code:
         maps = getattr(config, "auto_map", {})
         for auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel"):

@@ -38,7 +38,8 @@ class Proof:
     """The evidence that a view's sites mean what they say.
 
     `identities` hold within `bound`; every site in `causal` changes the output when it changes; those in `inert` reach
-    the output but with weight zero, as behind a projection that is zero. `widths` has each site's width, layer by layer.
+    the output but with weight zero, as behind a projection that is zero. `widths` has each site's width, layer by
+    layer.
     """
 
     identities: tuple[Identity, ...]

@@ -71,7 +71,6 @@ ELEMENTS: dict[str, Element] = {
 """The ten elements of the non-linearity paper under our names, then activation and the two norms."""
 
 
-
 def present(element: Element, known: "LayerMap") -> Element | str:
     """The element as it stands in a layer of this layout, or the reason why the layer has none.
 

@@ -1,0 +1,85 @@
+"""What `list` and `show` print: names with their meaning, read from the code itself so that they cannot be stale."""
+
+import difflib
+import inspect
+import textwrap
+from dataclasses import fields
+
+import typer
+
+from transect import registry
+from transect.errors import InputError
+
+KINDS = ("probes", "elements", "sites", "metrics", "models")
+MODELS = """
+albert bert bloom cohere deepseek_v3 distilbert electra falcon gemma2 gemma3_text gpt2 gpt_neo gpt_neox gpt_oss gptj
+granite llama mistral mixtral modernbert olmo olmo2 olmoe opt phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe roberta smollm3
+stablelm starcoder2
+""".split()  # noqa: SIM905 - one block reads better than 34 quoted lines
+"""Model types of the conformance suite; any other model is tried, and refused when its proof does not hold."""
+
+
+def print_kind(kind: str) -> None:
+    """One line for each name of a kind; raises InputError for an unknown kind."""
+    kind = kind if kind in KINDS else f"{kind}s"
+    if kind not in KINDS:
+        raise InputError(f"unknown kind {kind.removesuffix('s')!r}; kinds are {', '.join(KINDS)}")
+    for name, text in _entries(kind).items():
+        typer.echo(f"{name:<22} {text}" if text else name)
+
+
+def print_name(name: str) -> None:
+    """The whole entry of a name; raises InputError for an unknown one, with the nearest."""
+    if name in registry.available("transect.probes"):
+        typer.echo(_probe_page(name))
+        return
+    known = {entry: text for kind in KINDS[1:] for entry, text in _entries(kind).items()}
+    if name not in known:
+        close = difflib.get_close_matches(name, [*known, *registry.available("transect.probes")], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"nothing is called {name!r}{hint}; `transect list KIND` lists names")
+    metrics = _metrics()
+    text = inspect.getdoc(metrics[name][0]) if name in metrics else known[name]
+    typer.echo(f"{name}\n\n{text}")
+
+
+def _entries(kind: str) -> dict[str, str]:
+    from transect.view.sites import ELEMENTS, MODEL_SITES, SITES
+
+    if kind == "probes":
+        names = registry.available("transect.probes")
+        return {name: (inspect.getdoc(_probe(name)) or "").split("\n\n")[0].replace("\n", " ") for name in names}
+    if kind == "elements":
+        return {
+            name: f"{element.source} -> {element.target}{f' + {element.add}' if element.add else ''}"
+            for name, element in ELEMENTS.items()
+        }
+    if kind == "sites":
+        return SITES | MODEL_SITES
+    if kind == "metrics":
+        return {name: (inspect.getdoc(function) or "").split("\n")[0] for name, (function, _) in _metrics().items()}
+    return dict.fromkeys(MODELS, "")
+
+
+def _metrics() -> dict:
+    import importlib
+
+    from transect.metrics.declare import METRICS
+
+    for module in registry.available("transect.metrics"):
+        importlib.import_module(f"transect.metrics.{module}")
+    return METRICS
+
+
+def _probe(name: str) -> type:
+    from transect.probes.base import Probe
+
+    return registry.load("transect.probes", name, Probe)
+
+
+def _probe_page(name: str) -> str:
+    probe = _probe(name)
+    lines = [f"{name}: {probe.title}", "", inspect.getdoc(probe) or "", "", "Options"]  # type: ignore[attr-defined]
+    for field in fields(probe):
+        lines.append(textwrap.shorten(f"  {field.name} = {field.default!r}", 78))
+    return "\n".join(lines)

