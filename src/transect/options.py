@@ -41,7 +41,7 @@ def _parsed(text: str) -> object:
         ) from error
 
 
-def _made(kind: type, name: str, given: dict[str, object]) -> Probe:
+def _made(kind: type[Probe], name: str, given: dict[str, object]) -> Probe:
     try:
         return TypeAdapter(kind).validate_python(given)
     except ValidationError as error:

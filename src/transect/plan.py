@@ -108,7 +108,7 @@ def make(
 
 def load_probe(name: str) -> Probe:
     """A probe with default options by its public name, or `package.module:Class`."""
-    return registry.load("transect.probes", name, Probe)()
+    return registry.load("transect.probes", name, Probe)()  # pyright: ignore[reportAbstractUsage]
 
 
 def _check_data(view: View, data: Dataset) -> None:

@@ -4,8 +4,11 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+from typing import TypeVar
 
 from transect.errors import InputError
+
+Plugin = TypeVar("Plugin")
 
 
 def available(package: str) -> tuple[str, ...]:
@@ -15,7 +18,7 @@ def available(package: str) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if name != "base" and not name.startswith("_")))
 
 
-def load(package: str, name: str, base: type) -> type:
+def load(package: str, name: str, base: type[Plugin]) -> type[Plugin]:
     """The class called `name`: a module of the package, or `package.module:Class` from anywhere.
 
     Raises InputError for an unknown name, with the nearest known one, and TypeError when the module does not define
@@ -37,7 +40,7 @@ def load(package: str, name: str, base: type) -> type:
     return found[0]
 
 
-def _outside(name: str, base: type) -> type:
+def _outside(name: str, base: type[Plugin]) -> type[Plugin]:
     path, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(path), attribute)

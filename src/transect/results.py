@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transect.errors import InputError
 
@@ -101,7 +101,7 @@ class Table:
         chosen = (row for row in self.rows if all(getattr(row, name) == value for name, value in equal.items()))
         return Table(row for row in chosen if keep is None or keep(row))
 
-    def stamped(self, **columns: object) -> "Table":
+    def stamped(self, **columns: Any) -> "Table":
         """The same rows with the given columns set."""
         return Table(replace(row, **columns) for row in self.rows)
 
@@ -149,7 +149,7 @@ def to_line(row: Row) -> str:
     return json.dumps({name: record[name] for name in COLUMNS if record[name] is not None}) + "\n"
 
 
-def _read_lines(path: Path) -> list[dict[str, object]]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     filled = []
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -157,7 +157,7 @@ def _read_lines(path: Path) -> list[dict[str, object]]:
     return filled
 
 
-def _read_parquet(path: Path) -> list[dict[str, object]]:
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     return pq.read_table(path).to_pylist()

@@ -16,6 +16,7 @@ from transect.view.view import View
 
 FAMILIES = ("gpt2", "bert", "gptj", "gemma2")
 TOLERANCE = 1e-9
+ROUGH = {"gptj": 1e-7}  # its attention runs in float32, so one sequence alone differs from a batch
 LAYERS = 2
 ELEMENTS = {
     "ffn": ("ffn_in", "ffn_out"),
@@ -98,16 +99,16 @@ def test_r2(name: str, layer: int, element: str):
     predict, rank, spectrum = least_squares(x, y)
     table = measured(name).where(probe="nonlinearity", **at)
     heldout = only(table, metric="r2_heldout")
-    assert heldout.value == pytest.approx(r2(score_y, predict(score_x)), abs=TOLERANCE)
+    assert heldout.value == pytest.approx(r2(score_y, predict(score_x)), abs=ROUGH.get(name, TOLERANCE))
     assert (heldout.n, heldout.split) == (len(score_y), "heldout/document")
     share = spectrum / spectrum.sum()
     assert value(table, metric="rank") == rank
-    assert value(table, metric="effective_rank") == pytest.approx(np.exp(-(share * np.log(share)).sum()), abs=TOLERANCE * 100)
-    assert value(table, metric="participation_ratio") == pytest.approx(1 / np.square(share).sum(), abs=TOLERANCE * 100)
+    assert value(table, metric="effective_rank") == pytest.approx(np.exp(-(share * np.log(share)).sum()), abs=1e-7)
+    assert value(table, metric="participation_ratio") == pytest.approx(1 / np.square(share).sum(), abs=1e-7)
 
     x, y = (rows_of(name, layer, s) for s in (source, target))
     predict, rank, _ = least_squares(x, y)
-    assert value(table, metric="r2_insample") == pytest.approx(r2(y, predict(x)), abs=TOLERANCE)
+    assert value(table, metric="r2_insample") == pytest.approx(r2(y, predict(x)), abs=ROUGH.get(name, TOLERANCE))
     assert only(table, metric="r2_insample").n == text().num_tokens == len(y)
     assert value(table, metric="r2_floor") == pytest.approx(rank / (len(y) - 1), abs=1e-12)
     assert value(table, metric="ridge") == 0
@@ -120,10 +121,10 @@ def test_activation_is_one_line_per_unit(name: str, layer: int):
     x, y, score_x, score_y = (rows_of(name, layer, s, part) for part in ("fit", "score") for s in ("ffn_pre", "ffn_act"))
     lines = [np.polyfit(a, b, 1) for a, b in zip(x.T, y.T, strict=True)]
     predicted = np.stack([np.polyval(line, a) for line, a in zip(lines, score_x.T, strict=True)], axis=1)
-    assert value(table, metric="r2_heldout") == pytest.approx(r2(score_y, predicted), abs=TOLERANCE)
+    assert value(table, metric="r2_heldout") == pytest.approx(r2(score_y, predicted), abs=ROUGH.get(name, TOLERANCE))
     x, y = (rows_of(name, layer, s) for s in ("ffn_pre", "ffn_act"))
     predicted = np.stack([np.polyval(np.polyfit(a, b, 1), a) for a, b in zip(x.T, y.T, strict=True)], axis=1)
-    assert value(table, metric="r2_insample") == pytest.approx(r2(y, predicted), abs=TOLERANCE)
+    assert value(table, metric="r2_insample") == pytest.approx(r2(y, predicted), abs=ROUGH.get(name, TOLERANCE))
     assert value(table, metric="r2_floor") == pytest.approx(1 / (len(y) - 1), abs=1e-12)
 
 
@@ -135,19 +136,19 @@ def test_cosines(name: str, layer: int, element: str):
     x, y, score_x, score_y = (rows_of(name, layer, s, part) for part in ("fit", "score") for s in ELEMENTS[element])
     predict, _, _ = least_squares(x, y, 1 / np.square(y).sum(1))
     gamma = by_sequence(cosines(score_y, predict(score_x)))
-    assert value(table, metric="cosine_closed_form") == pytest.approx(gamma, abs=TOLERANCE)
+    assert value(table, metric="cosine_closed_form") == pytest.approx(gamma, abs=ROUGH.get(name, TOLERANCE))
     directions = score_y / np.linalg.norm(score_y, axis=1, keepdims=True)
     pairs = directions @ directions.T
     cone = (pairs.sum() - np.trace(pairs)) / (pairs.size - len(pairs))
-    assert value(table, metric="cone_size") == pytest.approx(cone, abs=TOLERANCE)
+    assert value(table, metric="cone_size") == pytest.approx(cone, abs=ROUGH.get(name, TOLERANCE))
     for how, expected in (("A", (gamma - cone) / (1 - cone)), ("B", gamma - cone)):
         found = value(table, metric="linearity_normalized", variant=f"{how}/closed_form")
-        assert found == pytest.approx(expected, abs=TOLERANCE)
+        assert found == pytest.approx(expected, abs=ROUGH.get(name, TOLERANCE))
     direction = (y / np.linalg.norm(y, axis=1, keepdims=True)).mean(0)
     constant = by_sequence(cosines(score_y, np.broadcast_to(direction, score_y.shape)))
-    assert value(table, metric="constant_baseline", variant=None) == pytest.approx(constant, abs=TOLERANCE)
+    assert value(table, metric="constant_baseline", variant=None) == pytest.approx(constant, abs=ROUGH.get(name, TOLERANCE))
     insample = value(table, metric="constant_baseline", variant="insample")
-    assert insample == pytest.approx(np.linalg.norm(direction), abs=TOLERANCE)
+    assert insample == pytest.approx(np.linalg.norm(direction), abs=ROUGH.get(name, TOLERANCE))
     assert len(table.where(metric="cosine_closed_form")) == 1
 
 
@@ -210,7 +211,7 @@ def test_jump(name: str, convention: str, positions: str):
             angle = np.arccos(cosines(states[layer], states[other])) / np.pi
             expected["angular_distance", layer, other] = angle.mean()
     expected["jump_rate", 1, 2] = 100 * max(0, psi[1] - psi[0])
-    assert {(row.metric, row.layer, row.layer_to): row.value for row in table} == pytest.approx(expected, abs=TOLERANCE)
+    assert {(row.metric, row.layer, row.layer_to): row.value for row in table} == pytest.approx(expected, abs=ROUGH.get(name, TOLERANCE))
     assert {row.n for row in table} == {int(keep.sum())}
 
 
@@ -223,7 +224,7 @@ def test_similarity(name: str):
         for j in range(i, LAYERS + 1):
             kernels = [centred[k] @ centred[k].T for k in (i, j)]
             expected = (kernels[0] * kernels[1]).sum() / np.prod([np.linalg.norm(kernel) for kernel in kernels])
-            assert value(table, metric="cka", layer=i, layer_to=j) == pytest.approx(expected, abs=TOLERANCE)
+            assert value(table, metric="cka", layer=i, layer_to=j) == pytest.approx(expected, abs=ROUGH.get(name, TOLERANCE))
         spectrum = np.linalg.svd(centred[i], compute_uv=False) ** 2
         share = spectrum[spectrum > 1e-10 * spectrum[0]] / spectrum.sum()
         effective = np.exp(-(share * np.log(share)).sum())
@@ -232,4 +233,4 @@ def test_similarity(name: str):
         directions = states[i] / np.linalg.norm(states[i], axis=1, keepdims=True)
         pairs = directions @ directions.T
         cone = (pairs.sum() - np.trace(pairs)) / (pairs.size - len(pairs))
-        assert value(table, metric="anisotropy", layer=i) == pytest.approx(cone, abs=TOLERANCE)
+        assert value(table, metric="anisotropy", layer=i) == pytest.approx(cone, abs=ROUGH.get(name, TOLERANCE))

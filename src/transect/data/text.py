@@ -53,9 +53,27 @@ def from_text(
 
 
 def builtin_text(tokenizer: "PreTrainedTokenizerBase", seq_len: int = 128, limit_tokens: int | None = None) -> Dataset:
-    """The State of the Union speeches that come with the package (see SOTU.md); raises InputError as `from_text`."""
-    data = from_text(Path(__file__).with_name("sotu.jsonl.gz"), tokenizer, seq_len, limit_tokens)
+    """The State of the Union speeches that come with the package (see SOTU.md); raises InputError as `from_text`.
+
+    A limit is shared out: the same number of tokens from the start of each speech, from fewer speeches, spread over
+    the years, where that would be less than a sequence.
+    """
+    data = from_text(Path(__file__).with_name("sotu.jsonl.gz"), tokenizer, seq_len)
+    if limit_tokens is not None:
+        data = _shared_out(data, limit_tokens, *wrappers(tokenizer))
     return replace(data, name="State of the Union speeches, 1790 to 2021 (built in)", builtin=True)
+
+
+def _shared_out(data: Dataset, limit: int, prefix: list[int], suffix: list[int]) -> Dataset:
+    body = data.seq_len - len(prefix) - len(suffix)
+    if limit < body:
+        raise InputError(f"limit_tokens is {limit}, less than one sequence of {data.seq_len}; give more")
+    count = min(data.num_documents, limit // body)
+    owner = np.repeat(data.document, data.lengths)[~data.special]
+    text = data.ids[~data.special]
+    chosen = np.linspace(0, data.num_documents - 1, count).round().astype(int)
+    pieces = [text[owner == document][: limit // count] for document in chosen]
+    return assemble(pieces, data.seq_len, data.name, prefix, suffix)
 
 
 def wrappers(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:

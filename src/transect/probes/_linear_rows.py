@@ -120,6 +120,7 @@ def _cosines(
         return float(value[0]), error
 
     cone = _cone(scores)
+    size = 1.0 if cone is None else cone[0]
     constant, error = mean("const")
     yield _with(replace(common, metric="constant_baseline", value=constant), error)
     directions = fit_directions.cpu()
@@ -145,8 +146,8 @@ def _cosines(
         score, error = mean(column)
         variant = label if metric == "linearity" else None
         yield _with(replace(common, metric=metric, value=score, variant=variant), error)
-        for how in NORMALIZATIONS if cone is not None else ():
-            value = normalized(score, cone[0], how)
+        for how in () if cone is None else NORMALIZATIONS:
+            value = normalized(score, size, how)
             row = replace(common, metric="linearity_normalized", variant=f"{how}/{label}")
             reason = "all outputs point the same way" if value is None else None
             yield replace(row, value=value, reason=reason)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ class SplitRule:
 
     score_fraction: float = 0.25
     tune_fraction: float = 0.125
-    method: str = "hash"
+    method: Literal["hash", "ordered"] = "hash"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -291,7 +291,7 @@ class Nonlinearity(Probe):
         if self.init == "closed_form":
             bias = fit.mean_y - fit.mean_x @ weight
             return Approximator(str(self.trained), weight.clone(), bias)
-        return Approximator.truncated_normal(str(self.trained), tuple(weight.shape), weight, seed)
+        return Approximator.truncated_normal(str(self.trained), (weight.shape[0], weight.shape[1]), weight, seed)
 
     def rows(self, state: NonlinearityState, setting: Setting) -> Iterator[Row]:
         """Every row of every layer and element; an absent element is one empty row with the reason."""

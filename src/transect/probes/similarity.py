@@ -22,6 +22,7 @@ from transect.view.view import View
 
 GROUPS = 10
 _TINY = 1e-30
+_UNDIRECTED = "fewer than two states have a direction, the others are zero"
 
 
 @dataclass(slots=True, eq=False)
@@ -118,9 +119,11 @@ class Similarity(Probe):
             yield Row(metric="cka", value=None, unit="1", reason="fewer than two tokens were sampled", **common)
             return
         centred = _recentred(states)
-        spread = centred.abs().amax((1, 2))
-        if bool((spread == 0).any()):
-            reason = f"resid[{int((spread == 0).nonzero()[0, 0])}] is the same for every token"
+        constant = [
+            layer for layer, (state, rest) in enumerate(zip(states, centred, strict=True)) if _is_constant(state, rest)
+        ]
+        if constant:
+            reason = f"resid[{constant[0]}] is the same for every token"
             yield Row(metric="cka", value=None, unit="1", reason=reason, **common)
         else:
             full = _matrices(centred)
@@ -135,13 +138,19 @@ class Similarity(Probe):
         filled = counts[0] > 0
         for layer in range(len(sums)):
             total, number = sums[layer].sum(0), float(counts[layer].sum())
+            row = Row(
+                metric="anisotropy", value=None, unit="1", reason=_UNDIRECTED, layer=layer, site="resid", n=int(number)
+            )
+            if number < 2:
+                yield replace(row, documents=setting.units)
+                continue
             value = float(pair_cosine(total, number))
             left = [
                 float(pair_cosine(total - sums[layer, group], number - float(counts[layer, group])))
                 for group in filled.nonzero()[:, 0].tolist()
                 if number - float(counts[layer, group]) > 1
             ]
-            row = Row(metric="anisotropy", value=value, unit="1", layer=layer, site="resid", n=int(number))
+            row = replace(row, value=value, reason=None)
             error = jackknife(value, left)
             row = row if error is None else replace(row, stderr=error.stderr, low=error.low, high=error.high)
             yield replace(row, documents=setting.units)
@@ -171,6 +180,12 @@ def _sample_groups(state: SimilarityState, setting: Setting) -> Tensor:
 
 def _recentred(states: Tensor) -> Tensor:
     return states - states.mean(1, keepdim=True, dtype=torch.float64).to(states.dtype)
+
+
+def _is_constant(states: Tensor, centred: Tensor) -> bool:
+    """Whether no coordinate varies by more than the rounding of its mean."""
+    rounding = 4 * torch.finfo(states.dtype).eps * (states - centred).abs().amax(0)
+    return bool((centred.abs().amax(0) <= rounding).all())
 
 
 def _matrices(centred: Tensor) -> tuple[Tensor, list[float], list[float]]:

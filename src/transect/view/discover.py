@@ -26,7 +26,7 @@ def discover(base: nn.Module, ids: Tensor) -> ModelMap:
         final_norm = _final_norm(calls, chain[-1], stream)
     finally:
         base.train(training)
-    modules = list(base.get_submodule(container))
+    modules = list(base.get_submodule(container).children())
     executed = tuple(next(i for i, module in enumerate(modules) if module is call.module) for call in chain)
     return ModelMap(container, executed, layers, final_norm, stream.shape[-1])
 

@@ -34,7 +34,7 @@ def load_model(
     """Load what `View.load` takes; raises InputError naming the source and what to do."""
     kind = _dtype(dtype)
     if isinstance(source, PreTrainedModel):
-        model = source if kind is None else source.to(kind)
+        model = source if kind is None else source.to(kind)  # pyright: ignore[reportArgumentType]
         return Loaded(_placed(model, device, live=True), None, source.config._name_or_path or "model", revision)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"cannot load a {type(source).__name__}; give a folder, a hub id, a GGUF file or a model")
@@ -176,6 +176,6 @@ def _placed(model: PreTrainedModel, device: str, live: bool) -> PreTrainedModel:
             return model
         device = "cuda"
     try:
-        return model.to(device)
+        return model.to(device)  # pyright: ignore[reportArgumentType]
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error

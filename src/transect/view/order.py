@@ -31,8 +31,9 @@ def reordered(view: "View", order: Sequence[int]) -> Iterator[None]:
         given = f"layer {wrong[0]}" if wrong else "an empty order"
         raise InputError(f"{given} cannot be run; {view.name} has layers 0 to {count - 1}")
     container = view.base.get_submodule(view.container)
-    looped = len(view.modules) != len(container)
-    if looped and getattr(view.model.config, "num_hidden_groups", None) != len(container):
+    members = len(list(container.children()))
+    looped = len(view.modules) != members
+    if looped and getattr(view.model.config, "num_hidden_groups", None) != members:
         raise InputError(f"{view.name} runs {view.container} in a loop; the order of its layers cannot be changed")
     layers = _distinct([view.layers[index] for index in order])
     saved = (view.layers, view.maps, view.executed, view.modules)

@@ -7,12 +7,12 @@ from transect.view.branches import is_norm
 if TYPE_CHECKING:
     from transect.view.view import View
 
-PARTS = ("embedding", "attention", "ffn", "norm", "head", "other")
+PARTS: tuple[str, ...] = ("embedding", "attention", "ffn", "norm", "head", "other")
 
 
 def parameters(view: "View") -> dict[str, int]:
     """Parameters per part, each counted once: shared layers and tied tables belong to the first part that has them."""
-    counts = dict.fromkeys(PARTS, 0)
+    counts: dict[str, int] = dict.fromkeys(PARTS, 0)
     met: set[int] = set()
 
     def count(part: str, module) -> None:

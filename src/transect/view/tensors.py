@@ -22,8 +22,9 @@ def parts(value: object) -> dict[Key, Tensor]:
 
 def inputs(args: tuple, kwargs: Mapping[str, object]) -> dict[Key, Tensor]:
     """Every tensor among a call's positional and keyword arguments."""
-    named = {name: item for name, item in kwargs.items() if isinstance(item, Tensor)}
-    return {index: item for index, item in enumerate(args) if isinstance(item, Tensor)} | named
+    named: dict[Key, Tensor] = {name: item for name, item in kwargs.items() if isinstance(item, Tensor)}
+    placed: dict[Key, Tensor] = {index: item for index, item in enumerate(args) if isinstance(item, Tensor)}
+    return placed | named
 
 
 def put(value: object, key: Key, new: Tensor) -> object:

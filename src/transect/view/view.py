@@ -103,7 +103,7 @@ class View:
     @property
     def vocab_size(self) -> int:
         """Rows of the input embedding."""
-        return self.model.get_input_embeddings().weight.shape[0]
+        return self._table.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,7 +113,13 @@ class View:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device
+        return self._table.device
+
+    @property
+    def _table(self) -> Tensor:
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def has_head(self) -> bool:
