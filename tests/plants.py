@@ -6,10 +6,10 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
-from families import FIRST_TEXT_ID, VOCAB, Family, enliven, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from families import FIRST_TEXT_ID, VOCAB, Family, enliven, tiny_model
 from transect.data import Dataset, from_tokens
 from transect.results import Row, Table
 from transect.view import edits
@@ -74,7 +74,10 @@ def value(table: Table, **equal: object) -> float:
 
 def values(table: Table) -> list[tuple]:
     """Everything of the rows but the provenance that differs from setting to setting."""
-    return [(r.metric, r.layer, r.layer_to, r.element, r.split, r.value, r.reason, r.stderr, r.low, r.high, r.n) for r in table]
+    return [
+        (r.metric, r.layer, r.layer_to, r.element, r.split, r.value, r.reason, r.stderr, r.low, r.high, r.n)
+        for r in table
+    ]
 
 
 def seen(view: View, data: Dataset, layer: int) -> list[dict[str, np.ndarray]]:
@@ -84,5 +87,5 @@ def seen(view: View, data: Dataset, layer: int) -> list[dict[str, np.ndarray]]:
         ids = torch.from_numpy(data.ids[start : start + length].astype(np.int64))[None]
         with torch.no_grad(), view.capture(list(view.maps[layer].taps), [layer]) as capture:
             view.run(ids)
-        found.append({site: capture[site, at][0].numpy() for site, at in capture.keys()})
+        found.append({site: capture[site, at][0].numpy() for site, at in list(capture.keys())})
     return found

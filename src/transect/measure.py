@@ -143,7 +143,7 @@ def _run_batch(view: View, item: Pass, stage: Stage, states: list[Any], batch: B
     unit_of = torch.from_numpy(item.settings[0].unit_of)
     watchers: list[tuple[Probe, Setting, Any, Sight]] = []
     for probe, setting, state in zip(item.probes, item.settings, states, strict=True):
-        if stage.phase == "train" and probe.epochs() == 0:
+        if stage.phase == "train" and stage.epoch >= probe.epochs():
             continue
         sight = Sight(
             stage.phase,

@@ -24,6 +24,7 @@ class Stage:
     phase: str
     sequences: np.ndarray
     batch_size: int
+    epoch: int = 0  # of a train stage, counted from 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,6 +127,8 @@ def _passes(
     units, keys, unit_name = error_units(data)
     whole = Setting(view, tuple(range(view.num_layers)), data, units, keys, unit_name, seed)
     stages = _stages(probes, data, rule, batch_size, seed)
+    fitted = [stage.sequences for stage in stages if stage.phase == "fit"]
+    whole = replace(whole, fit_units=len(np.unique(units[fitted[0]])) if fitted else 0)
     fixed = sum(probe.memory(whole) for probe in probes if not probe.by_layer)
     groups = _layer_groups([probe for probe in probes if probe.by_layer], whole, int(SHARE * free) - fixed)
     passes = []
@@ -151,7 +154,7 @@ def _stages(probes: list[Probe], data: Dataset, rule: SplitRule, batch_size: int
     seen = np.flatnonzero(part != SCORE)
     for epoch in range(max(probe.epochs() for probe in probes)):
         order = np.argsort(keyed(data.sequence_hash[seen], seed + 1 + epoch), kind="stable")
-        stages.append(Stage("train", seen[order], TRAIN_BATCH))
+        stages.append(Stage("train", seen[order], TRAIN_BATCH, epoch))
     stages.append(Stage("score", _longest_first(data, part == SCORE), batch_size))
     return tuple(stages)
 

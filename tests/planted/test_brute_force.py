@@ -6,10 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from plants import only, seen, text, value, view_of
 from torch import nn
 
 import transect as tx
+from plants import only, seen, text, value, view_of
 from transect.data import assign
 from transect.results import Table
 from transect.view.view import View
@@ -118,7 +118,9 @@ def test_r2(name: str, layer: int, element: str):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_activation_is_one_line_per_unit(name: str, layer: int):
     table = measured(name).where(element="activation", layer=layer)
-    x, y, score_x, score_y = (rows_of(name, layer, s, part) for part in ("fit", "score") for s in ("ffn_pre", "ffn_act"))
+    x, y, score_x, score_y = (
+        rows_of(name, layer, s, part) for part in ("fit", "score") for s in ("ffn_pre", "ffn_act")
+    )
     lines = [np.polyfit(a, b, 1) for a, b in zip(x.T, y.T, strict=True)]
     predicted = np.stack([np.polyval(line, a) for line, a in zip(lines, score_x.T, strict=True)], axis=1)
     assert value(table, metric="r2_heldout") == pytest.approx(r2(score_y, predicted), abs=ROUGH.get(name, TOLERANCE))
@@ -146,7 +148,9 @@ def test_cosines(name: str, layer: int, element: str):
         assert found == pytest.approx(expected, abs=ROUGH.get(name, TOLERANCE))
     direction = (y / np.linalg.norm(y, axis=1, keepdims=True)).mean(0)
     constant = by_sequence(cosines(score_y, np.broadcast_to(direction, score_y.shape)))
-    assert value(table, metric="constant_baseline", variant=None) == pytest.approx(constant, abs=ROUGH.get(name, TOLERANCE))
+    assert value(table, metric="constant_baseline", variant=None) == pytest.approx(
+        constant, abs=ROUGH.get(name, TOLERANCE)
+    )
     insample = value(table, metric="constant_baseline", variant="insample")
     assert insample == pytest.approx(np.linalg.norm(direction), abs=ROUGH.get(name, TOLERANCE))
     assert len(table.where(metric="cosine_closed_form")) == 1
@@ -211,7 +215,9 @@ def test_jump(name: str, convention: str, positions: str):
             angle = np.arccos(cosines(states[layer], states[other])) / np.pi
             expected["angular_distance", layer, other] = angle.mean()
     expected["jump_rate", 1, 2] = 100 * max(0, psi[1] - psi[0])
-    assert {(row.metric, row.layer, row.layer_to): row.value for row in table} == pytest.approx(expected, abs=ROUGH.get(name, TOLERANCE))
+    assert {(row.metric, row.layer, row.layer_to): row.value for row in table} == pytest.approx(
+        expected, abs=ROUGH.get(name, TOLERANCE)
+    )
     assert {row.n for row in table} == {int(keep.sum())}
 
 
@@ -224,12 +230,16 @@ def test_similarity(name: str):
         for j in range(i, LAYERS + 1):
             kernels = [centred[k] @ centred[k].T for k in (i, j)]
             expected = (kernels[0] * kernels[1]).sum() / np.prod([np.linalg.norm(kernel) for kernel in kernels])
-            assert value(table, metric="cka", layer=i, layer_to=j) == pytest.approx(expected, abs=ROUGH.get(name, TOLERANCE))
+            assert value(table, metric="cka", layer=i, layer_to=j) == pytest.approx(
+                expected, abs=ROUGH.get(name, TOLERANCE)
+            )
         spectrum = np.linalg.svd(centred[i], compute_uv=False) ** 2
         share = spectrum[spectrum > 1e-10 * spectrum[0]] / spectrum.sum()
         effective = np.exp(-(share * np.log(share)).sum())
         assert value(table, metric="effective_rank", layer=i) == pytest.approx(effective, abs=1e-7)
-        assert value(table, metric="participation_ratio", layer=i) == pytest.approx(1 / np.square(share).sum(), abs=1e-7)
+        assert value(table, metric="participation_ratio", layer=i) == pytest.approx(
+            1 / np.square(share).sum(), abs=1e-7
+        )
         directions = states[i] / np.linalg.norm(states[i], axis=1, keepdims=True)
         pairs = directions @ directions.T
         cone = (pairs.sum() - np.trace(pairs)) / (pairs.size - len(pairs))

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
-from plants import built, only, planted, text, turn, value, view_of
 from torch import Tensor
 
 import transect as tx
+from families import FAMILIES
+from plants import built, only, planted, text, turn, value, view_of
 from transect.errors import InputError
 from transect.probes.jump import Jump
 
@@ -58,7 +58,9 @@ def test_planted_turns_are_exact(name: str):
         for other in range(layer + 1, LAYERS + 1):
             total = math.fmod(sum(ANGLES[layer:other]), 2 * math.pi)
             expected = min(total, 2 * math.pi - total) / math.pi
-            assert value(table, metric="angular_distance", layer=layer, layer_to=other) == pytest.approx(expected, abs=1e-12)
+            assert value(table, metric="angular_distance", layer=layer, layer_to=other) == pytest.approx(
+                expected, abs=1e-12
+            )
     for metric in ("displacement", "block_influence", "update_ratio"):
         row = only(table, metric=metric, layer=1)
         assert (row.value, row.stderr, row.low, row.high) == (0, 0, 0, 0)
@@ -120,7 +122,11 @@ def test_positions_count_the_right_tokens():
     with planted(view, functions):
         probe = Jump(positions=("all", "skip_first", "last_only"))
         table = tx.measure(view, [probe], data, batch_size=5).where(metric="displacement", layer=0)
-    expected = {"all": (sequences / tokens, tokens), "skip_first": (0.0, tokens - sequences), "last_only": (single / sequences, sequences)}
+    expected = {
+        "all": (sequences / tokens, tokens),
+        "skip_first": (0.0, tokens - sequences),
+        "last_only": (single / sequences, sequences),
+    }
     for name, (number, count) in expected.items():
         row = only(table, variant=f"pre_norm/{name}")
         assert (row.value, row.n) == (pytest.approx(number, abs=1e-12), count)
@@ -170,7 +176,9 @@ def test_windows_can_be_left_out():
 
 
 def test_default_starts():
-    table = tx.measure(view_of("gpt2", layers=LAYERS), ["jump"], text(23)).where(metric="jump_rate", variant="pre_norm/all")
+    table = tx.measure(view_of("gpt2", layers=LAYERS), ["jump"], text(23)).where(
+        metric="jump_rate", variant="pre_norm/all"
+    )
     assert [row.layer + 1 for row in table] == [2, LAYERS - 1, LAYERS]
     assert [row.value for row in table] == sorted((row.value for row in table), reverse=True)
 

@@ -6,9 +6,9 @@ from dataclasses import replace as changed
 import numpy as np
 import pytest
 import torch
-from plants import only, planted, seen, text, value, values, view_of
 
 import transect as tx
+from plants import only, planted, seen, text, value, values, view_of
 from transect.data import assign
 from transect.errors import InputError
 from transect.probes.nonlinearity import Nonlinearity
@@ -105,7 +105,9 @@ def test_average_over_tokens():
     mean_x, mean_y = np.average(x, 0, weights), np.average(y, 0, weights)
     w = np.linalg.lstsq(root * (x - mean_x), root * (y - mean_y), rcond=1e-5)[0]
     gamma = cosines(score_y, (score_x - mean_x) @ w + mean_y)
-    by_token, by_example = (value(measured(average=how), metric="cosine_closed_form") for how in ("token", "token_then_example"))
+    by_token, by_example = (
+        value(measured(average=how), metric="cosine_closed_form") for how in ("token", "token_then_example")
+    )
     assert by_token == pytest.approx(gamma.mean(), abs=1e-9)
     ends = np.cumsum([len(piece) for piece in pieces("ffn_in", "score")])[:-1]
     assert by_example == pytest.approx(np.mean([piece.mean() for piece in np.split(gamma, ends)]), abs=1e-9)
@@ -115,7 +117,9 @@ def test_average_over_tokens():
 def test_cosine_of_the_unweighted_fit():
     x, y, score_x, score_y = parts()
     table = measured(cosine_weights="none", average="token")
-    assert value(table, metric="cosine_closed_form") == pytest.approx(cosines(score_y, linear(x, y)(score_x)).mean(), abs=1e-9)
+    assert value(table, metric="cosine_closed_form") == pytest.approx(
+        cosines(score_y, linear(x, y)(score_x)).mean(), abs=1e-9
+    )
     assert value(table, metric="r2_heldout") == value(measured(), metric="r2_heldout")
 
 
@@ -128,7 +132,9 @@ def test_cone_of_layer_outputs(element: str):
     expected = (pairs.sum() - len(pairs)) / (pairs.size - len(pairs))
     row = only(table, metric="cone_size")
     assert (row.value, row.variant) == (pytest.approx(expected, abs=1e-9), "layer_outputs")
-    assert value(measured(elements=(element,), cosine=(element,)), metric="cone_size") != pytest.approx(expected, abs=1e-3)
+    assert value(measured(elements=(element,), cosine=(element,)), metric="cone_size") != pytest.approx(
+        expected, abs=1e-3
+    )
 
 
 def test_two_names_of_one_function_have_the_same_numbers():
@@ -164,7 +170,9 @@ def specials() -> tx.data.Dataset:
 
 def test_special_tokens_are_left_out():
     data, view = specials(), view_of(NAME)
-    kept, dropped = (tx.measure(view, [Nonlinearity(**ALONE, special_tokens=on)], data).where(layer=LAYER) for on in (True, False))
+    kept, dropped = (
+        tx.measure(view, [Nonlinearity(**ALONE, special_tokens=on)], data).where(layer=LAYER) for on in (True, False)
+    )
     score = assign(data, tune_fraction=0.0).part == 2
     inner = [{site: rows[1:-1] for site, rows in found.items()} for found in sites()]
     x, y, score_x, score_y = (
@@ -190,7 +198,8 @@ def padded() -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "fit_tokens"), [("all", None), ("padding", None), ("actual", "all"), ("padding", "actual"), ("all", "actual")]
+    ("tokens", "fit_tokens"),
+    [("all", None), ("padding", None), ("actual", "all"), ("padding", "actual"), ("all", "actual")],
 )
 def test_which_tokens(tokens: str, fit_tokens: str | None):
     captured, mask = padded()

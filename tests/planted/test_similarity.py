@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from plants import only, planted, text, turn, value, view_of
 from torch import Tensor
 
 import transect as tx
+from plants import only, planted, text, turn, value, view_of
 from transect.errors import InputError
 from transect.probes.similarity import Similarity
 
@@ -34,7 +34,9 @@ def measured(states: Tensor, **options) -> tx.Table:
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_a_turned_stream_is_the_same(name: str, dtype: torch.dtype):
     view = view_of(name, dtype)
-    matrix = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).Q
+    matrix = torch.linalg.qr(
+        torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ).Q
     with planted(view, {("layer", 0): lambda x: 3 * x @ matrix.to(x.dtype)}):
         table = tx.measure(view, ["similarity"], text(23))
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
@@ -83,7 +85,9 @@ def test_planted_cone_is_the_mean_over_all_pairs():
 
 def test_sample_is_stated_and_free_of_the_order_of_documents():
     rows = torch.randint(5, 97, (29, 7), generator=torch.Generator().manual_seed(6))
-    tables = [tx.measure(view_of("gpt2"), [Similarity(sample=31)], tx.data.from_tokens(ids)) for ids in (rows, rows.flip(0))]
+    tables = [
+        tx.measure(view_of("gpt2"), [Similarity(sample=31)], tx.data.from_tokens(ids)) for ids in (rows, rows.flip(0))
+    ]
     assert {row.n for row in tables[0].where(metric="cka")} == {31}
     assert {row.n for row in tables[0].where(metric="anisotropy")} == {203}
     first, second = ([row.value for row in table] for table in tables)

@@ -321,7 +321,12 @@ def test_builtin_text():
     assert data.num_documents == 40 and data.num_tokens > 200_000
     assert len(set(data.document_hash.tolist())) == 40
     small = builtin_text(wordpiece(), 64, limit_tokens=1000)
-    assert (~small.special).sum() == 1000 and small.seq_len == 64
+    tokens = np.bincount(small.document, weights=small.lengths) - 2 * np.bincount(small.document)
+    assert small.seq_len == 64 and small.num_documents == 1000 // 62  # a sequence of each speech, spread over the years
+    assert set(tokens) == {1000 // small.num_documents}
+    assert set(small.document_hash.tolist()) & set(data.document_hash.tolist()) == set()
+    with pytest.raises(InputError, match="less than one sequence"):
+        builtin_text(wordpiece(), 64, limit_tokens=30)
 
 
 # --- split -----------------------------------------------------------------------------------------------------------

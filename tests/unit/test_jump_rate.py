@@ -1,6 +1,7 @@
 """The jump rate zeta from displacements: the jump paper's numbers."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_planted_turns():
     for angle in angles:
         c, s = math.cos(angle), math.sin(angle)
         states.append(torch.tensor([[c, -s], [s, c]], dtype=torch.float64) @ states[-1])
-    psi = torch.stack([displacement(a, b) for a, b in zip(states, states[1:], strict=False)])
+    psi = torch.stack([displacement(a, b) for a, b in pairwise(states)])
     expected = [math.sin(angle / 2) ** 2 for angle in angles]
     assert psi.tolist() == pytest.approx(expected, abs=1e-15)
     assert float(psi[1]) == 0

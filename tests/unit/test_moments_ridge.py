@@ -24,7 +24,9 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 def moments(x: Tensor, y: Tensor, weights: Tensor | None = None, cuts: int = 1) -> Moments:
     """Moments added in `cuts` batches."""
-    batches = list(zip(x.chunk(cuts), y.chunk(cuts), (None,) * cuts if weights is None else weights.chunk(cuts), strict=False))
+    batches = list(
+        zip(x.chunk(cuts), y.chunk(cuts), (None,) * cuts if weights is None else weights.chunk(cuts), strict=False)
+    )
     total = Moments.start(batches[0][0], [batches[0][1]])
     for left, right, weight in batches:
         total.add(left, [right], weight)
@@ -130,7 +132,14 @@ def test_elementwise_table(name: str, generator: torch.Generator):
     direction = (fit_y / fit_y.norm(dim=1, keepdim=True)).mean(0)
     constant = float(cosine_similarity(y, direction.expand_as(y)).mean())
     cone = float(mean_cosine(y))
-    found = [r2(fitted(fit_x, fit_y), x, y), gamma, constant, cone, normalized(gamma, cone, "A"), normalized(gamma, cone, "B")]
+    found = [
+        r2(fitted(fit_x, fit_y), x, y),
+        gamma,
+        constant,
+        cone,
+        normalized(gamma, cone, "A"),
+        normalized(gamma, cone, "B"),
+    ]
     assert found == pytest.approx(TABLE[name], abs=0.015)
     if name in ("abs", "square"):  # no linear part: nothing beyond a constant, though A and B are far above 0
         assert gamma - constant == pytest.approx(0, abs=0.01)
@@ -173,7 +182,9 @@ def test_ridge_is_scikit_learns(ridge: float, weighted: bool, generator: torch.G
     weights = weight_of(y) if weighted else None
     sums = moments(x, y, weights)
     alpha = ridge * float(torch.linalg.eigvalsh(sums.cxx).mean())
-    oracle = Ridge(alpha=alpha, solver="cholesky").fit(x.numpy(), y.numpy(), None if weights is None else weights.numpy())
+    oracle = Ridge(alpha=alpha, solver="cholesky").fit(
+        x.numpy(), y.numpy(), None if weights is None else weights.numpy()
+    )
     fit = solved(sums, ridge)
     np.testing.assert_allclose(fit.weight.T.numpy(), oracle.coef_, rtol=1e-9, atol=1e-11)
     np.testing.assert_allclose(intercept(fit).numpy(), oracle.intercept_, rtol=1e-9, atol=1e-10)

@@ -79,7 +79,7 @@ def test_from_outside(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "outside_things", module)
     assert registry.load("transect.probes", "outside_things:Inside", Base) is Inside
     for wrong in ("outside_things:Base", "outside_things:number", "outside_things:absent", "no_such_module:Inside"):
-        with pytest.raises(InputError, match="outside_things|no_such_module"):
+        with pytest.raises(InputError, match=r"outside_things|no_such_module"):
             registry.load("transect.probes", wrong, Base)
 
 

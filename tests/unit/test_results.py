@@ -117,7 +117,12 @@ def test_numpy_numbers_are_rows_too(tmp_path):
 def test_what_is_no_table_is_refused(tmp_path):
     with pytest.raises(InputError, match="no rows"):
         Table.read(tmp_path)
-    for text in ('{"metric": "cka"}', '{"metric": "cka", "unit": "1", "value": 1, "colour": 3}', "not json", '{"metric": "cka", "unit": "1"}'):
+    for text in (
+        '{"metric": "cka"}',
+        '{"metric": "cka", "unit": "1", "value": 1, "colour": 3}',
+        "not json",
+        '{"metric": "cka", "unit": "1"}',
+    ):
         (tmp_path / "rows.jsonl").write_text(text + "\n")
         with pytest.raises(InputError, match="not a table of rows"):
             Table.read(tmp_path)

@@ -57,10 +57,10 @@ class Lines:
         assert self.sums is not None and self.shift is not None
         mean_x, mean_y, xx, xy, _ = self._moments(0)
         chosen = kept(xx, rcond_for(dtype))
+        if self.counts[0]:
+            effective, participation = float(effective_rank(xx)), float(participation_ratio(xx))
+            self.spread = Spread(self.counts[0], int(chosen.sum()), effective, participation)
         if bool(chosen.any()):
-            self.spread = Spread(
-                self.counts[0], int(chosen.sum()), float(effective_rank(xx)), float(participation_ratio(xx))
-            )
             ridge = self._tuned(chosen) if ridge is None else ridge
             slope = torch.where(chosen, xy / (xx + ridge * xx.mean()), torch.zeros_like(xx))
             kind = torch.promote_types(dtype, torch.float32)

@@ -24,7 +24,7 @@ class Owners:
 
 @dataclass(slots=True, eq=False)
 class Spread:
-    """Numbers of the input's spectrum on the fit rows, and how many rows there were."""
+    """Numbers of the input's spectrum on the fit rows, and how many rows there were; rank 0 for a constant input."""
 
     rows: int
     rank: int
@@ -70,13 +70,13 @@ class Group:
     def solve(self, ridge: float | None, dtype: torch.dtype) -> None:
         """Solve every target on the fit rows, with the ridge given or the one the tune rows choose."""
         assert self.fit is not None
-        solver = Solver.of(self.fit, self.tune, rcond_for(dtype))
-        values, rank = solver.spectrum.eigenvalues, solver.spectrum.rank
-        if rank:
-            effective, participation = float(effective_rank(values)), float(participation_ratio(values))
-            self.spread = Spread(self.fit.rows, rank, effective, participation)
-            kind = torch.promote_types(dtype, torch.float32)
-            self.fits = [solver(target, ridge, kind) for target in range(len(self.elements))]
+        if self.fit.rows:
+            solver = Solver.of(self.fit, self.tune, rcond_for(dtype))
+            values, rank = solver.spectrum.eigenvalues, solver.spectrum.rank
+            self.spread = Spread(self.fit.rows, rank, float(effective_rank(values)), float(participation_ratio(values)))
+            if rank:
+                kind = torch.promote_types(dtype, torch.float32)
+                self.fits = [solver(target, ridge, kind) for target in range(len(self.elements))]
         if self.tune is not None:
             self.fit.merge(self.tune)
             self.tune = None
@@ -112,17 +112,17 @@ class Scores:
 
     sums: Tensor  # [units, COLUMNS]
     shift: Tensor  # [e] sum of y - fit mean
-    cone: Tensor  # [groups, e] sums of unit targets
+    cone: Tensor  # [groups, width of the cone's vectors] sums of unit vectors
     cone_n: Tensor  # [groups]
 
     @classmethod
-    def empty(cls, units: int, width: int, device: torch.device) -> "Scores":
-        """No rows yet."""
+    def empty(cls, units: int, width: int, cone_width: int, device: torch.device) -> "Scores":
+        """No rows yet; the cone is one of targets or of layer outputs, which may be of another width."""
         wide = {"dtype": torch.float64, "device": device}
         return cls(
             torch.zeros(units, len(COLUMNS), **wide),
             torch.zeros(width, **wide),
-            torch.zeros(GROUPS, width, **wide),
+            torch.zeros(GROUPS, cone_width, **wide),
             torch.zeros(GROUPS, **wide),
         )
 

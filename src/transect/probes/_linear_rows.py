@@ -39,11 +39,13 @@ def element_rows(
     scores = state.scores.get(f"{element.source}>{key}")
     spread = group.spread
     reason = None
+    inputs = probe.width(setting.view, layer, element.source)
     if spread is None:
-        reason = f"{element.source} is the same for every fit token" if id(group) in insample else "no fit tokens"
-    elif not element.elementwise and spread.rank >= spread.rows - 1:
-        width = setting.view.site_width(layer, element.source)
-        reason = f"{spread.rows} fit tokens cannot determine a map of {width} inputs"
+        reason = "no fit tokens"
+    elif spread.rank == 0:
+        reason = f"{element.source} is the same for every fit token"
+    elif not element.elementwise and (spread.rows <= inputs or spread.rank >= spread.rows - 1):
+        reason = f"{spread.rows} fit tokens cannot determine a map of {inputs} inputs"
     elif scores is None:
         reason = "no score tokens"
     if reason is not None or spread is None or scores is None:
@@ -51,21 +53,24 @@ def element_rows(
     else:
         yield from _r2(probe, setting, heldout, scores)
         fit = group.fits[group.elements.index(key)]
-        yield replace(
-            base, metric="ridge", value=fit.ridge, split="tune" if probe.ridge is None else "given", n=spread.rows
-        )
-    if spread is not None:
+        chosen = "tune" if probe.ridge is None else "given"
+        yield replace(base, metric="ridge", value=fit.ridge, split=chosen, n=spread.rows, documents=setting.fit_units)
+    if spread is not None and spread.rank:
         ranks = (
             ("rank", float(spread.rank)),
             ("effective_rank", spread.effective),
             ("participation_ratio", spread.participation),
         )
+        fitted = replace(base, unit="directions", split="fit", n=spread.rows, documents=setting.fit_units)
         for metric, value in ranks:
-            yield replace(base, metric=metric, value=value, unit="directions", split="fit", n=spread.rows)
+            yield replace(fitted, metric=metric, value=value)
     if id(group) in insample:
         yield from _insample(group, key, base, insample[id(group)])
     if name in probe.cosine and reason is None and scores is not None:
-        yield from _cosines(probe, setting, base, heldout, scores, state.fit_directions[name])
+        yield from _cosines(probe, setting, base, heldout, scores, state)
+        if probe.trained is not None and element.elementwise:
+            reason = "no approximator is trained for an element-wise function"
+            yield replace(heldout, metric="linearity", value=None, reason=reason, variant=probe.trained)
 
 
 def _unit(probe: "Nonlinearity", setting: Setting) -> str:
@@ -96,13 +101,19 @@ def _r2(probe: "Nonlinearity", setting: Setting, row: Row, scores: Scores) -> It
         yield replace(row, value=None, reason="the output is the same for every score token")
         return
     pairs = np.stack([sums[:, AT["sse"]], spread], axis=1)[counted]
-    value, (error,) = bootstrap(pairs, setting.unit_keys[counted], lambda t: 1 - t[:, :1] / t[:, 1:], setting.seed)
+    value, (error,) = bootstrap(pairs, setting.unit_keys[counted], _explained, setting.seed)
     variant = row.variant if probe.r2_baseline == "score_mean" else "/".join(filter(None, (row.variant, "fit_mean")))
     yield _with(replace(row, value=float(value[0]), n=int(total), documents=int(counted.sum()), variant=variant), error)
 
 
+def _explained(totals: np.ndarray) -> np.ndarray:
+    """1 - SSE / spread [draws, 1]; a draw without spread has no value, and then the row has no error."""
+    errors, spread = totals[:, :1], totals[:, 1:]
+    return 1 - np.divide(errors, spread, out=np.full_like(errors, np.nan), where=spread > 0)
+
+
 def _cosines(
-    probe: "Nonlinearity", setting: Setting, base: Row, heldout: Row, scores: Scores, fit_directions
+    probe: "Nonlinearity", setting: Setting, base: Row, heldout: Row, scores: Scores, state: "LayerState"
 ) -> Iterator[Row]:
     sums = scores.sums.cpu().numpy()
     tokens = int(sums[:, AT["cos_n"]].sum())
@@ -123,7 +134,7 @@ def _cosines(
     size = 1.0 if cone is None else cone[0]
     constant, error = mean("const")
     yield _with(replace(common, metric="constant_baseline", value=constant), error)
-    directions = fit_directions.cpu()
+    directions = state.fit_directions[str(base.element)].cpu()
     if float(directions[-1]) > 0:
         insample = float(directions[:-1].norm() / directions[-1])
         yield replace(
@@ -140,7 +151,7 @@ def _cosines(
         variant = None if probe.cone_vectors == "outputs" else probe.cone_vectors
         yield _with(replace(common, metric="cone_size", value=cone[0], variant=variant), cone[1])
     names = [("cosine_closed_form", "cos", "closed_form")]
-    if probe.trained is not None:
+    if probe.trained is not None and base.element in state.trained:
         names.append(("linearity", "trained", probe.trained))
     for metric, column, label in names:
         score, error = mean(column)

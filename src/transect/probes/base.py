@@ -37,6 +37,7 @@ class Setting:
     unit_keys: np.ndarray  # [units] uint64
     unit_name: str
     seed: int
+    fit_units: int = 0  # units among the fit documents
 
     @property
     def units(self) -> int:

@@ -149,14 +149,15 @@ class Nonlinearity(Probe):
                 if isinstance(group, Lines):
                     continue
                 elements = [element for element in state.elements.values() if isinstance(element, Element)]
-                width = self._width(setting.view, layer, group.source)
-                targets = {_key(e): self._width(setting.view, layer, e.target) for e in elements}
+                width = self.width(setting.view, layer, group.source)
+                targets = {_key(e): self.width(setting.view, layer, e.target) for e in elements}
                 widths = [targets[key] for key in group.elements]
                 total += 2 * Moments.nbytes(width, widths) + _WIDE * width * sum(widths)
                 widest = max(widest, width, *widths)
         return total + 6 * _WIDE * widest * widest
 
-    def _width(self, view: View, layer: int, site: str) -> int:
+    def width(self, view: View, layer: int, site: str) -> int:
+        """The width a site is measured with: its own, or that of the projection where it is narrower."""
         width = view.site_width(layer, site)
         return width if self.project is None else min(width, self.project)
 
@@ -187,8 +188,8 @@ class Nonlinearity(Probe):
             elif _key(element) not in by_source.setdefault(element.source, []):
                 by_source[element.source].append(_key(element))
         groups += [Group(source, tuple(keys), weighted=False) for source, keys in by_source.items()]
-        for name in self.cosine:
-            element = elements[name]
+        weighted = {_path(elements[name]): elements[name] for name in self.cosine}  # one for elements that coincide
+        for element in weighted.values():
             if isinstance(element, Element) and self._weights(element):
                 groups.append(Group(element.source, (_key(element),), weighted=True))
         return LayerState(elements, groups, {}, {}, {})
@@ -246,7 +247,8 @@ class Nonlinearity(Probe):
         for fit, key, y in zip(group.fits, group.elements, ys, strict=False):
             path = f"{group.source}>{key}"
             if path not in mine.scores:
-                mine.scores[path] = Scores.empty(setting.units, y.shape[1], y.device)
+                cone = y if self.cone_vectors == "outputs" else rows.site("resid_next")
+                mine.scores[path] = Scores.empty(setting.units, y.shape[1], cone.shape[1], y.device)
             scores, predicted = mine.scores[path], fit(x)
             if not group.weighted:
                 scores.add_errors(y, predicted, fit.mean_y, owners)
@@ -277,14 +279,18 @@ class Nonlinearity(Probe):
             for name in self.cosine:
                 element = mine.elements[name]
                 if isinstance(element, Element) and not element.elementwise:
-                    mine.trained[name] = self._approximator(mine, element, setting.seed)
+                    approximator = self._approximator(mine, element, setting.seed)
+                    if approximator is not None:
+                        mine.trained[name] = approximator
 
-    def _approximator(self, mine: LayerState, element: Element, seed: int) -> Approximator:
+    def _approximator(self, mine: LayerState, element: Element, seed: int) -> Approximator | None:
         key = _key(element)
         weighted = self._weights(element)
         group = next(
             g for g in mine.groups if g.source == element.source and key in g.elements and g.weighted == weighted
         )
+        if not group.fits:  # no fit tokens, or a constant input
+            return None
         fit = group.fits[group.elements.index(key)]
         assert not isinstance(group, Lines)
         weight = fit.weight  # type: ignore[union-attr]

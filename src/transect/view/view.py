@@ -196,7 +196,7 @@ class View:
 
     @contextmanager
     def _cleared(self, attention: Tensor | None) -> Iterator[None]:
-        """Set padding to 0 after each layer of a float64 model.
+        """Set what is not finite in padding to 0 after each layer of a float64 model.
 
         A sliding window that holds nothing but padding gives NaN there, as the mask's number is infinite in float32, in
         which attention weights are computed; the next layer would mix it into the text, since 0 times NaN is NaN.
@@ -229,7 +229,11 @@ class View:
 
 
 def _clearing(padding: Tensor, key: Key) -> Callable:
-    return lambda module, args, output: put(output, key, parts(output)[key].masked_fill(padding, 0))
+    def clear(module: nn.Module, args: tuple, output: object) -> object:
+        states = parts(output)[key]
+        return put(output, key, states.masked_fill(padding & ~torch.isfinite(states), 0))
+
+    return clear
 
 
 def _fitting(known: LayerMap, changes: Mapping[str, Tap]) -> dict[str, Tap]:

@@ -1,0 +1,126 @@
+"""Rows do not depend on how the text was put to the model: batch size, padding side, order of the documents."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from families import FIRST_TEXT_ID, VOCAB, tiny_model
+
+from transect.data import Dataset, from_tokens
+from transect.measure import measure
+from transect.probes.jump import Jump
+from transect.probes.nonlinearity import Nonlinearity
+from transect.probes.similarity import Similarity
+from transect.results import Row
+from transect.view.view import View
+
+SEQ_LEN = 37
+RELATIVE = ("update_ratio", "stream_norm", "effective_rank", "participation_ratio", "jump_rate", "ridge")
+"""Metrics without an upper bound of about one; the others are compared absolutely."""
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+NUMBERS = ("value", "stderr", "low", "high")
+
+
+def _documents() -> list[list[int]]:
+    """Ragged documents with equal ones, one of a single token and one that is several sequences long."""
+    rng = np.random.default_rng(5)
+    rows = [rng.integers(FIRST_TEXT_ID, VOCAB, size).tolist() for size in (1, 83, *rng.integers(9, 61, 45))]
+    return [*rows, rows[7], rows[7]]
+
+
+def _padded(rows: Sequence[Sequence[int]], left: bool) -> Dataset:
+    width = max(len(row) for row in rows)
+    ids, mask = np.full((len(rows), width), VOCAB - 1), np.zeros((len(rows), width), dtype=bool)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[index, place], mask[index, place] = row, True
+    return from_tokens(ids, mask, SEQ_LEN)
+
+
+@functools.cache
+def _view(name: str, dtype: torch.dtype) -> View:
+    return View(tiny_model(name, dtype), name=name)
+
+
+def _measured(name: str, dtype: torch.dtype, data: Dataset, batch_size: int) -> list[Row]:
+    probes = [
+        Jump(positions=("all", "skip_first", "last_only")),
+        Nonlinearity(trained="cosine_adam", init="truncated_normal", train_epochs=1),
+        Similarity(sample=701, errors=True),
+    ]
+    return measure(_view(name, dtype), probes, data, batch_size=batch_size).rows
+
+
+@functools.cache
+def _expected(name: str, dtype: torch.dtype) -> list[Row]:
+    """The plainest way: one document after another, so that nothing is ever padded."""
+    return _measured(name, dtype, from_tokens(_documents(), seq_len=SEQ_LEN), 1)
+
+
+def _without_numbers(row: Row) -> Row:
+    return replace(row, value=0.0, reason=None, **dict.fromkeys(NUMBERS[1:]))
+
+
+def _away(row: Row, other: Row) -> float:
+    """The largest difference of two rows' numbers as the tolerance counts it; infinite where only one has a number."""
+    found = [0.0]
+    for name in NUMBERS:
+        mine, yours = getattr(row, name), getattr(other, name)
+        if mine is None or yours is None:
+            found.append(0.0 if mine is yours else np.inf)
+        elif row.metric != "rank":
+            found.append(abs(mine - yours) / (max(abs(mine), 1e-12) if row.metric in RELATIVE else 1.0))
+        else:
+            found.append(0.0 if abs(mine - yours) <= 1 else np.inf)
+    return max(found)
+
+
+def _arrangements() -> dict[str, tuple[Dataset, int]]:
+    rows = _documents()
+    order = np.random.default_rng(11).permutation(len(rows))
+    shuffled = [rows[index] for index in order]
+    return {
+        "batches of 7": (from_tokens(rows, seq_len=SEQ_LEN), 7),
+        "batches of 32": (from_tokens(rows, seq_len=SEQ_LEN), 32),
+        "padded on the left": (_padded(rows, left=True), 7),
+        "padded on the right": (_padded(rows, left=False), 32),
+        "shuffled": (from_tokens(shuffled, seq_len=SEQ_LEN), 1),
+        "shuffled, padded on the left, in batches": (_padded(shuffled, left=True), 7),
+    }
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+@pytest.mark.parametrize("arrangement", _arrangements())
+def test_rows_are_the_same_however_the_text_is_put(name: str, dtype: torch.dtype, arrangement: str):
+    data, batch_size = _arrangements()[arrangement]
+    expected, found = _expected(name, dtype), _measured(name, dtype, data, batch_size)
+    assert [_without_numbers(row) for row in found] == [_without_numbers(row) for row in expected]
+    assert [row.reason for row in found] == [row.reason for row in expected]
+    away = [(_away(row, other), row, other) for row, other in zip(expected, found, strict=True)]
+    worst = max(away, key=lambda item: item[0])
+    assert worst[0] <= TOLERANCE[dtype], worst
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_every_fit_is_determined_so_that_there_is_a_number_to_compare(name: str):
+    rows = _expected(name, torch.float64)
+    assert {row.probe for row in rows} == {"jump", "nonlinearity", "similarity"}
+    assert {"linearity", "cosine_closed_form", "ridge", "cka"} <= {row.metric for row in rows}
+    layout = _view(name, torch.float64).maps[0]
+    missing = {row.element for row in rows if row.value is None}
+    assert all(row.reason is None or row.element in missing for row in rows)
+    assert sum(row.metric == "r2_heldout" and row.value is not None for row in rows) >= 8 * 3, layout.missing
+    assert sum(row.stderr is not None for row in rows) > len(rows) / 2
+
+
+def test_another_text_gives_other_rows():
+    """What makes the comparison above worth something."""
+    rows = _documents()
+    rows[3][0] = FIRST_TEXT_ID if rows[3][0] != FIRST_TEXT_ID else FIRST_TEXT_ID + 1
+    found = _measured("gpt2", torch.float64, from_tokens(rows, seq_len=SEQ_LEN), 7)
+    expected = _expected("gpt2", torch.float64)
+    assert max(_away(row, other) for row, other in zip(expected, found, strict=True)) > 1e-6
