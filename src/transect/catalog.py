@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 import textwrap
 from dataclasses import fields
 
@@ -10,6 +11,7 @@ import typer
 from transect import registry
 from transect.errors import InputError
 
+WIDTH = 80
 KINDS = ("probes", "elements", "sites", "metrics", "models")
 MODELS = """
 albert bert bloom cohere deepseek_v3 distilbert electra falcon gemma2 gemma3_text gpt2 gpt_neo gpt_neox gpt_oss gptj
@@ -25,7 +27,7 @@ def print_kind(kind: str) -> None:
     if kind not in KINDS:
         raise InputError(f"unknown kind {kind.removesuffix('s')!r}; kinds are {', '.join(KINDS)}")
     for name, text in _entries(kind).items():
-        typer.echo(f"{name:<22} {text}" if text else name)
+        typer.echo(_wrapped(f"{name:<22} {text}".rstrip(), 23))
 
 
 def print_name(name: str) -> None:
@@ -40,7 +42,7 @@ def print_name(name: str) -> None:
         raise InputError(f"nothing is called {name!r}{hint}; `transect list KIND` lists names")
     metrics = _metrics()
     text = inspect.getdoc(metrics[name][0]) if name in metrics else known[name]
-    typer.echo(f"{name}\n\n{text}")
+    typer.echo(f"{name}\n\n{_filled(text or '')}")
 
 
 def _entries(kind: str) -> dict[str, str]:
@@ -79,7 +81,18 @@ def _probe(name: str) -> type:
 
 def _probe_page(name: str) -> str:
     probe = _probe(name)
-    lines = [f"{name}: {probe.title}", "", inspect.getdoc(probe) or "", "", "Options"]  # type: ignore[attr-defined]
+    lines = [f"{name}: {probe.title}", "", _filled(inspect.getdoc(probe) or ""), "", "Options"]  # type: ignore[attr-defined]
     for field in fields(probe):
-        lines.append(textwrap.shorten(f"  {field.name} = {field.default!r}", 78))
+        lines.append(_wrapped(f"  {field.name} = {field.default!r}", 4))
     return "\n".join(lines)
+
+
+def _filled(text: str) -> str:
+    """A docstring with its paragraphs and labelled parts ("Source: ...") filled to the width."""
+    paragraphs = (re.split(r"\n(?=[A-Z][a-z ]+:)", paragraph) for paragraph in text.split("\n\n"))
+    return "\n\n".join("\n".join(_wrapped(part) for part in parts) for parts in paragraphs)
+
+
+def _wrapped(text: str, indent: int = 0) -> str:
+    """Text at the width of a terminal, later lines indented."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)

@@ -10,7 +10,6 @@ from transect.errors import InputError
 
 app = typer.Typer(
     help="Measure what each part of a Transformer does.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -123,22 +122,34 @@ def fetch(
     typer.echo(f"{name} is in {fetch_model(name, output, archive)}")
 
 
+_INTERRUPTED = 130
+_STOPPED = "stopped; a run with --output goes on with the same command and --resume"
+
+
 def main() -> None:
     """Run the command line: a mistake of the user is one line and exit code 2."""
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("stopped; the same command with --resume goes on where --output stands", 130)
-    except MemoryError:
-        _fail("not enough memory; give a smaller --batch-size or --seq-len", 2)
+        _fail(_STOPPED, _INTERRUPTED)
     except Exception as error:
+        if _out_of_memory(error):
+            _fail("not enough memory; give a smaller --batch-size or --seq-len", 2)
         if not hasattr(error, "format_message"):  # not a usage error of the command line itself
             raise
         _fail(error.format_message(), 2)  # type: ignore[attr-defined]
     else:
+        if code == _INTERRUPTED:  # typer makes this of Ctrl-C
+            _fail(_STOPPED, _INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's own error, CUDA's, or the one the CPU allocator words itself."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or "DefaultCPUAllocator" in str(error)
 
 
 def _fail(message: str, code: int) -> None:

@@ -46,6 +46,8 @@ def measure_all(request: Request) -> Table:
     probes = configured(request.probes or registry.available("transect.probes"), request.options)
     if request.text and request.tokens is not None:
         raise InputError("both --text and --tokens were given; give one of them")
+    if request.tokens is not None and request.limit_tokens is not None:
+        raise InputError("--limit-tokens is for text; with --tokens, put fewer ids into the file")
     if request.resume and request.output is None:
         raise InputError("--resume needs --output, the folder of the stopped run")
     console = Console()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transect import runs
+from transect import memory, runs
 from transect.data import Batch, Dataset, batches
 from transect.errors import InputError
 from transect.plan import Pass, Plan, Stage, make
@@ -51,8 +51,19 @@ def run(plan: Plan, output: str | None = None, resume: bool = False, progress: P
     folder = None if output is None else runs.RunFolder.open(output, config_of(plan), resume)
     if folder is not None and folder.finished():
         return Table.read(folder.path)
+    try:
+        return _carry_out(plan, folder, progress)
+    except InputError:
+        if folder is not None:
+            folder.withdraw()
+        raise
+
+
+def _carry_out(plan: Plan, folder: runs.RunFolder | None, progress: Progress | None) -> Table:
     started = time.monotonic()
     saved = None if folder is None else folder.load_state()
+    if saved is not None:
+        plan = _as_before(plan, saved["free"])
     keeper = _Keeper(plan, folder, saved)
     with _stoppable() as stopped:
         for number in range(keeper.number, len(plan.passes)):
@@ -63,6 +74,15 @@ def run(plan: Plan, output: str | None = None, resume: bool = False, progress: P
         seconds = keeper.seconds + time.monotonic() - started
         folder.finish(table, runs.environment(plan.view.device, notes_of(plan), seconds))
     return table
+
+
+def _as_before(plan: Plan, free: int) -> Plan:
+    """The plan with the passes of the run that was stopped: they follow from the memory that was free then."""
+    before = make(plan.view, plan.probes, plan.data, plan.batch_size, plan.seed, free)
+    if before.bytes > plan.free:
+        need, now = memory.readable(before.bytes), memory.readable(plan.free)
+        raise InputError(f"not enough memory to go on: the stopped run held {need} of sums, {now} are free now")
+    return before
 
 
 class _Keeper:
@@ -98,6 +118,7 @@ class _Keeper:
         assert self.folder is not None
         self.folder.save_state(
             {
+                "free": self.plan.free,
                 "pass": self.number,
                 "stage": self.stage,
                 "batch": self.batch,
@@ -197,7 +218,7 @@ def stamped(rows: Iterable[Row], plan: Plan, probe: Probe) -> list[Row]:
         "seed": plan.seed,
         "data": f"{data.name} [{data.fingerprint}]",
         "config": runs.fingerprint({"probe": probe.name, **asdict(probe)}),
-        "code": f"transect {importlib.metadata.version('transect')}",
+        "code": _code(),
     }
     documents = data.num_documents
     return [replace(r, **provenance, documents=documents if r.documents is None else r.documents) for r in rows]
@@ -218,8 +239,12 @@ def config_of(plan: Plan) -> dict:
         "seq_len": data.seq_len,
         "batch_size": plan.batch_size,
         "seed": plan.seed,
-        "probes": {probe.name: {name: _plain(value) for name, value in asdict(probe).items()} for probe in plan.probes},
+        "probes": [
+            {"probe": probe.name} | {name: _plain(value) for name, value in asdict(probe).items()}
+            for probe in plan.probes
+        ],
         "notes": notes_of(plan),
+        "code": _code(),
     }
 
 
@@ -229,6 +254,10 @@ def notes_of(plan: Plan) -> list[str]:
     if plan.data.builtin:
         notes.append(f"measured on the small built-in text ({plan.data.name}); give --text for your own")
     return notes
+
+
+def _code() -> str:
+    return f"transect {importlib.metadata.version('transect')}"
 
 
 def _plain(value: Any) -> Any:

@@ -130,7 +130,14 @@ def _passes(
     fitted = [stage.sequences for stage in stages if stage.phase == "fit"]
     whole = replace(whole, fit_units=len(np.unique(units[fitted[0]])) if fitted else 0)
     fixed = sum(probe.memory(whole) for probe in probes if not probe.by_layer)
-    groups = _layer_groups([probe for probe in probes if probe.by_layer], whole, int(SHARE * free) - fixed)
+    room = int(SHARE * free)
+    if fixed > room:
+        names = ", ".join(probe.name for probe in probes if not probe.by_layer)
+        raise InputError(
+            f"not enough memory: {names} on this text takes {memory.readable(fixed)} for sums, "
+            f"{memory.readable(room)} may be used; measure less text"
+        )
+    groups = _layer_groups([probe for probe in probes if probe.by_layer], whole, room - fixed)
     passes = []
     for number, group in enumerate(groups):
         members = tuple(probe for probe in probes if probe.by_layer or number == 0)

@@ -13,16 +13,18 @@ class _Speed(ProgressColumn):
 
 
 class Bar:
-    """Counts tokens while a measurement runs."""
+    """Counts tokens while a measurement runs; shows nothing where the error stream is no terminal."""
 
     def __init__(self, total: int) -> None:
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:5}"),
             BarColumn(),
             TextColumn("{task.percentage:3.0f}%"),
             _Speed(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=console,
+            disable=not console.is_terminal,
             speed_estimate_period=60,
         )
         self._task = self._progress.add_task("", total=total)

@@ -40,16 +40,31 @@ class RunFolder:
         if old.is_file():
             if not resume:
                 raise InputError(f"{path} already holds a run; give another folder, or --resume to go on with it")
-            before = json.loads(old.read_text(encoding="utf-8"))
+            folder._sweep()
+            before = _read_config(old)
             changed = [key for key in sorted({*before, *config}) if before.get(key) != config.get(key)]
             if changed:
                 raise InputError(f"{path} was run with another {changed[0]}; resume with the same settings")
             return folder
+        folder._sweep()
         if folder.path.is_dir() and any(folder.path.iterdir()):
             raise InputError(f"{path} is not empty and not a run folder; give a new or empty folder")
         make_folder(folder.path)
         write_whole(old, _json(config))
         return folder
+
+    def _sweep(self) -> None:
+        """Remove what a killed run was writing."""
+        for left in self.path.glob(".*.partial"):
+            left.unlink(missing_ok=True)
+
+    def withdraw(self) -> None:
+        """Take back a folder whose run found its input unusable before anything was kept."""
+        if self.state_file.is_file() or (self.path / "rows.jsonl").is_file():
+            return
+        (self.path / "config.json").unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def finished(self) -> bool:
         """Whether the run came to its end."""
@@ -99,6 +114,14 @@ def environment(device: torch.device, notes: list[str], seconds: float) -> dict:
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "notes": notes,
     }
+
+
+def _read_config(file: Path) -> dict:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is damaged, so this run cannot go on; give another folder") from error
+    return config if isinstance(config, dict) else {}
 
 
 def _json(value: dict) -> bytes:

@@ -77,7 +77,7 @@ def print_view(view: View, console: Console) -> None:
     from transect.view.parts import parameters
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, highlight=False)
 
     counts = parameters(view)
     total = sum(counts.values())

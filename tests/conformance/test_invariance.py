@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from families import FIRST_TEXT_ID, VOCAB, tiny_model
 
+from families import FIRST_TEXT_ID, VOCAB, tiny_model
 from transect.data import Dataset, from_tokens
 from transect.measure import measure
 from transect.probes.jump import Jump
@@ -17,7 +17,7 @@ from transect.probes.similarity import Similarity
 from transect.results import Row
 from transect.view.view import View
 
-SEQ_LEN = 37
+SEQ_LEN = 17  # so short that an epoch of training is several steps, whose order matters
 RELATIVE = ("update_ratio", "stream_norm", "effective_rank", "participation_ratio", "jump_rate", "ridge")
 """Metrics without an upper bound of about one; the others are compared absolutely."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -110,11 +110,9 @@ def test_every_fit_is_determined_so_that_there_is_a_number_to_compare(name: str)
     rows = _expected(name, torch.float64)
     assert {row.probe for row in rows} == {"jump", "nonlinearity", "similarity"}
     assert {"linearity", "cosine_closed_form", "ridge", "cka"} <= {row.metric for row in rows}
-    layout = _view(name, torch.float64).maps[0]
-    missing = {row.element for row in rows if row.value is None}
-    assert all(row.reason is None or row.element in missing for row in rows)
-    assert sum(row.metric == "r2_heldout" and row.value is not None for row in rows) >= 8 * 3, layout.missing
-    assert sum(row.stderr is not None for row in rows) > len(rows) / 2
+    assert sum(row.metric == "r2_heldout" and row.value is not None for row in rows) >= 8 * 3
+    with_error = ("displacement", "stream_norm", "angular_distance", "r2_heldout", "cosine_closed_form", "cka")
+    assert all(row.stderr is not None for row in rows if row.metric in with_error and row.value is not None)
 
 
 def test_another_text_gives_other_rows():

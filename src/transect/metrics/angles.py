@@ -46,7 +46,7 @@ def angular_distance(before: Tensor, after: Tensor, eps: float = 1e-6) -> Tensor
 
 def chord_angle(before: Tensor, after: Tensor) -> Tensor:
     """`angular_distance` of vectors that already have length 1."""
-    apart, along = (before - after).square().sum(-1).sqrt(), (before + after).square().sum(-1).sqrt()
+    apart, along = torch.linalg.vector_norm(before - after, dim=-1), torch.linalg.vector_norm(before + after, dim=-1)
     return torch.atan2(apart, along) * (2 / math.pi)
 
 

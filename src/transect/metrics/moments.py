@@ -53,22 +53,22 @@ class Moments:
     def add(self, x: Tensor, ys: list[Tensor], weights: Tensor | None = None) -> None:
         """Add rows x [n, d] with targets [n, e], each row counted `weights` [n] times (once by default)."""
         x = x - self.shift_x
-        scaled = x if weights is None else x * weights[:, None].to(x.dtype)
+        wide = x.double()
+        counted = wide if weights is None else wide * weights.double()[:, None]
+        narrow = x if weights is None else counted.to(x.dtype)
         self.rows += len(x)
         self.count += len(x) if weights is None else weights.sum(dtype=torch.float64)
-        self.sum_x += scaled.sum(0, dtype=torch.float64)
-        _add_gram(self.sum_xx, scaled.double(), x.double())
+        self.sum_x += counted.sum(0)
+        _add_gram(self.sum_xx, counted, wide)
         for index, y in enumerate(ys):
             y = y - self.shift_y[index]
-            squares = y.square().sum(1, dtype=torch.float64)
-            self.sum_y[index] += (y if weights is None else y * weights[:, None].to(y.dtype)).sum(
-                0, dtype=torch.float64
-            )
+            squares = torch.linalg.vector_norm(y, dim=1).double().square()
             self.sum_yy[index] += squares.sum() if weights is None else squares @ weights.double()
+            self.sum_y[index] += (y if weights is None else y * weights.to(y.dtype)[:, None]).sum(0).double()
             if x.dtype == torch.float64:
-                self.sum_xy[index].addmm_(scaled.T, y)
+                self.sum_xy[index].addmm_(narrow.T, y)
             else:
-                self.sum_xy[index] += scaled.T @ y
+                self.sum_xy[index] += narrow.T @ y
 
     def merge(self, other: "Moments") -> None:
         """Add the rows of other moments that were taken about the same shifts."""

@@ -42,7 +42,7 @@ class Lines:
         x, y = x - self.shift[0], y - self.shift[1]
         part = int(phase == "tune")
         columns = (x, y, x * x, x * y, y * y)
-        self.sums[part] += torch.stack([column.sum(0, dtype=torch.float64) for column in columns])
+        self.sums[part] += torch.stack([column.sum(0).double() for column in columns])
         self.counts[part] += len(x)
 
     def _moments(self, part: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

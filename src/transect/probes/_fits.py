@@ -129,10 +129,10 @@ class Scores:
     def add_errors(self, y: Tensor, predicted: Tensor, mean: Tensor, owners: Owners) -> None:
         """Squared errors and squared distances from the fit's mean."""
         centred = y - mean
-        self.shift += centred.sum(0, dtype=torch.float64)
+        self.shift += centred.sum(0).double()
         self._add("n", torch.ones(len(y), dtype=torch.float64, device=y.device), owners)
-        self._add("sse", (y - predicted).square().sum(1, dtype=torch.float64), owners)
-        self._add("syy", centred.square().sum(1, dtype=torch.float64), owners)
+        self._add("sse", _squares(y - predicted), owners)
+        self._add("syy", _squares(centred), owners)
 
     def add_directions(self, y: Tensor, owners: Owners) -> None:
         """Unit targets, for the cone; a zero target has no direction and is not counted."""
@@ -170,7 +170,12 @@ def _cosine(y: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
     return (product / (wide[0] * wide[1]).clamp_min(1e-300)).clamp(-1, 1), directed.double()
 
 
+def _squares(rows: Tensor) -> Tensor:
+    """|row|^2 [tokens] float64."""
+    return torch.linalg.vector_norm(rows, dim=1).double().square()
+
+
 def _inverse_squares(y: Tensor) -> Tensor:
     """1 / |y|^2 [tokens], 0 for a zero target."""
-    squares = y.square().sum(1, dtype=torch.float64)
+    squares = _squares(y)
     return torch.where(squares > 0, 1 / squares.clamp_min(1e-300), torch.zeros_like(squares))

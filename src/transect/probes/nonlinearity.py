@@ -9,6 +9,7 @@ from torch import Tensor
 
 from transect.errors import InputError
 from transect.metrics.moments import Moments
+from transect.parallel import on_every_core
 from transect.probes._elementwise import Lines
 from transect.probes._fits import GROUPS, Group, Owners, Scores
 from transect.probes._linear_rows import element_rows
@@ -272,10 +273,9 @@ class Nonlinearity(Probe):
         for layer, mine in state.layers.items():
             for group in mine.groups:
                 _refuse_nan(group, layer)
-                if group.filled:
-                    group.solve(self.ridge, setting.view.dtype)
-            if self.trained is None:
-                continue
+        filled = [group for mine in state.layers.values() for group in mine.groups if group.filled]
+        on_every_core(lambda group: group.solve(self.ridge, setting.view.dtype), filled)
+        for mine in state.layers.values() if self.trained is not None else ():
             for name in self.cosine:
                 element = mine.elements[name]
                 if isinstance(element, Element) and not element.elementwise:
@@ -301,11 +301,10 @@ class Nonlinearity(Probe):
 
     def rows(self, state: NonlinearityState, setting: Setting) -> Iterator[Row]:
         """Every row of every layer and element; an absent element is one empty row with the reason."""
+        filled = [g for mine in state.layers.values() for g in mine.groups if g.filled and not g.weighted]
+        found = on_every_core(lambda group: group.insample(setting.view.dtype), filled)
+        insample = {id(group): numbers for group, numbers in zip(filled, found, strict=True)}
         for layer, mine in state.layers.items():
-            insample = {}
-            for group in mine.groups:
-                if group.filled and not group.weighted:
-                    insample[id(group)] = group.insample(setting.view.dtype)
             for name, element in mine.elements.items():
                 if isinstance(element, str):
                     yield Row(metric="r2_heldout", value=None, unit="1", reason=element, layer=layer, element=name)

@@ -14,6 +14,7 @@ from transect.metrics.angles import unit, widened
 from transect.metrics.cka import from_products, gram_products
 from transect.metrics.errors import jackknife
 from transect.metrics.spectrum import effective_rank, pair_cosine, participation_ratio
+from transect.parallel import on_every_core
 from transect.probes.base import Probe, Setting, Sight
 from transect.results import Row
 from transect.view.capture import Seen
@@ -190,7 +191,7 @@ def _is_constant(states: Tensor, centred: Tensor) -> bool:
 
 def _matrices(centred: Tensor) -> tuple[Tensor, list[float], list[float]]:
     matrix = from_products(gram_products(centred)).cpu()
-    spectra = [torch.linalg.eigvalsh((state.double().T @ state.double()).cpu()) for state in centred]
+    spectra = on_every_core(lambda state: torch.linalg.eigvalsh((state.double().T @ state.double()).cpu()), centred)
     return matrix, [float(effective_rank(s)) for s in spectra], [float(participation_ratio(s)) for s in spectra]
 
 

@@ -139,6 +139,8 @@ def _facts(sources: list[Source], records: list[Record], sections: list[Section]
 def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     pairs = []
     for name, value in record.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = {str(number): item for number, item in enumerate(value, start=1)}
         if isinstance(value, dict) and value:
             pairs += _flat(value, f"{prefix}{name}.")
         else:

@@ -1,0 +1,60 @@
+"""What README and docs show runs and is there."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model
+
+import transect as tx
+from transect import registry
+from transect.probes.base import Probe
+
+ROOT = Path(__file__).parents[2]
+
+
+def fences(page: str, language: str) -> list[str]:
+    """The code blocks of a page."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("material", ["minilm"], indirect=True)
+def test_readme_python_runs(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "material").symlink_to(ROOT / "material")
+    monkeypatch.chdir(tmp_path)
+    (block,) = fences("README.md", "python")
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert {row.metric for row in names["table"]} >= {"displacement", "r2_heldout", "cosine_closed_form"}
+    assert tx.Table.read(tmp_path / "out/readme").rows == names["table"].rows
+    assert names["seen"]["ffn_out", 3].shape[-1] == 384
+
+
+def test_readme_names_folders_that_exist() -> None:
+    tree = fences("README.md", "")[-1]
+    for name in re.findall(r"(\w+/|\w+\.py)", tree):
+        assert (ROOT / name).exists() or (ROOT / "src/transect" / name).exists(), name
+    commands = " ".join(fences("README.md", "sh"))
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}:" in makefile for target in re.findall(r"make (\w+)", commands))
+
+
+def test_probe_of_the_docs_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = fences("docs/add_a_probe.md", "python")
+    (tmp_path / "update_share.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "update_share", raising=False)
+    kind = registry.load("transect.probes", "update_share:UpdateShare", Probe)
+    view = tx.View(tiny_model("gpt2", torch.float64), name="gpt2")
+    ids = torch.randint(5, 90, (23, 13), generator=torch.Generator().manual_seed(3))
+    table = tx.measure(view, [kind()], tx.data.from_tokens(ids))
+    with view.capture(["attn_out", "ffn_out"]) as seen, torch.no_grad():
+        view.run(ids)
+    for row in table:
+        attn, ffn = (seen[site, row.layer].square().sum() for site in ("attn_out", "ffn_out"))
+        assert row.value == pytest.approx(float(attn / (attn + ffn)), rel=1e-12)
+        assert row.low < row.value < row.high
+    assert len(table) == 3
