@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
 
 import transect as tx
+from families import tiny_model
 from transect import registry
 from transect.probes.base import Probe
 

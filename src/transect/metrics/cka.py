@@ -20,14 +20,19 @@ def cka(left: Tensor, right: Tensor) -> Tensor:
 def gram_products(states: Tensor, block: int = 256) -> Tensor:
     """[layers, layers] float64 of <K_l, K_m> for centred states [layers, samples, width], K = X X^T.
 
-    CKA of any pair is products[l, m] / sqrt(products[l, l] products[m, m]). Holds [layers, block, samples] at a time.
+    K is symmetric, so each block of rows goes from the diagonal on. CKA of any pair is products[l, m] /
+    sqrt(products[l, l] products[m, m]). Holds [layers, block, samples] at a time.
     Cost: layers x samples^2 x width multiplications.
     """
     layers, samples, _ = states.shape
     total = torch.zeros(layers, layers, dtype=torch.float64, device=states.device)
     for start in range(0, samples, block):
-        rows = torch.stack([state[start : start + block] @ state.T for state in states]).flatten(1)
-        total += (rows @ rows.T).double()
+        stop = min(start + block, samples)
+        square = torch.stack([state[start:stop] @ state[start:stop].T for state in states]).flatten(1)
+        total += (square @ square.T).double()
+        if stop < samples:
+            beyond = torch.stack([state[start:stop] @ state[stop:].T for state in states]).flatten(1)
+            total += 2 * (beyond @ beyond.T).double()
     return total
 
 

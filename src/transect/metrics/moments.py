@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-_BLOCK = 256
+_BLOCK = 192
 
 
 @dataclass(slots=True, eq=False)
@@ -104,6 +104,11 @@ class Moments:
     def cyy(self, target: int) -> Tensor:
         """Centred sum of |y|^2."""
         return self.sum_yy[target] - self.sum_y[target].square().sum() / self.count
+
+    def constant(self, target: int) -> bool:
+        """Whether a target is the same in every row, up to the rounding of its mean."""
+        rounding = 4 * torch.finfo(self.shift_y[target].dtype).eps * self.shift_y[target].double().norm()
+        return bool(self.cyy(target) <= self.count * rounding.square())
 
     def pack(self) -> dict:
         """Plain tensors and numbers, for a file."""

@@ -25,6 +25,13 @@ class Spectrum:
     values: Tensor
     vectors: Tensor
     mean: float
+    rcond: float
+
+    @property
+    def regular(self) -> bool:
+        """Whether no eigenvalue is near the cut."""
+        full = self.rank == len(self.eigenvalues)
+        return full and bool(self.values.min() > 1e3 * self.rcond * self.values.max())
 
     @property
     def rank(self) -> int:
@@ -40,7 +47,7 @@ def decompose(moments: Moments, rcond: float) -> Spectrum:
     """The spectrum of the inputs; eigenvalues up to `rcond` times the largest are cut. Cost: about 9 d^3, float64."""
     values, vectors = torch.linalg.eigh(moments.cxx)
     chosen = kept(values, rcond)
-    return Spectrum(values, values[chosen], vectors[:, chosen], float(values.clamp_min(0).mean()))
+    return Spectrum(values, values[chosen], vectors[:, chosen], float(values.clamp_min(0).mean()), rcond)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,13 +64,32 @@ class Fit:
         return torch.addmm(self.mean_y, x - self.mean_x, self.weight)
 
 
-def insample_r2(moments: Moments, spectrum: Spectrum, target: int) -> float | None:
-    """<Cxy, Cxx^+ Cxy> / cyy: R^2 of the unregularised fit on its own rows, 0 to 1; None for a constant target."""
-    cyy = float(moments.cyy(target))
-    if cyy <= 0:
-        return None
-    along = (spectrum.vectors.T @ moments.cxy(target)).square().sum(1)
-    return float((along / spectrum.values).sum()) / cyy
+def insample_r2(moments: Moments, rcond: float, regular: bool = False) -> tuple[int, list[float | None]]:
+    """Rank, and <Cxy, Cxx^+ Cxy> / cyy for each target: R^2 of the unregularised fit on its own rows, 0 to 1.
+
+    None for a constant target. `regular` says that the inputs are known to be far from singular (most of the rows were:
+    `Spectrum.regular`): then a Cholesky factor, nine times cheaper, takes the place of the eigendecomposition.
+    """
+    targets = range(len(moments.sum_xy))
+    if regular:
+        factor = torch.linalg.cholesky(moments.cxx)
+        rank = len(factor)
+
+        def explained(target: int) -> Tensor:
+            return torch.linalg.solve_triangular(factor, moments.cxy(target), upper=False).square().sum()
+    else:
+        spectrum = decompose(moments, rcond)
+        rank = spectrum.rank
+
+        def explained(target: int) -> Tensor:
+            return ((spectrum.vectors.T @ moments.cxy(target)).square().sum(1) / spectrum.values).sum()
+
+    def value(target: int) -> float | None:
+        if not rank or moments.constant(target):
+            return None
+        return float(explained(target) / moments.cyy(target))
+
+    return rank, [value(target) for target in targets]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,22 +102,23 @@ class Solver:
     fit: Moments
     tune: Moments | None
     spectrum: Spectrum
+    dtype: torch.dtype
     rotated: Tensor | None  # Q^T Sxx Q of the tune rows
 
     @classmethod
-    def of(cls, fit: Moments, tune: Moments | None, rcond: float) -> "Solver":
-        """Decompose the fit rows' inputs."""
+    def of(cls, fit: Moments, tune: Moments | None, rcond: float, dtype: torch.dtype) -> "Solver":
+        """Decompose the fit rows' inputs; maps come out in `dtype`, in which the ridge is also chosen."""
         spectrum = decompose(fit, rcond)
-        q = spectrum.vectors
-        return cls(fit, tune, spectrum, None if tune is None else q.T @ tune.cxx @ q)
+        q = spectrum.vectors.to(dtype)
+        return cls(fit, tune, spectrum, dtype, None if tune is None else q.T @ tune.cxx.to(dtype) @ q)
 
-    def __call__(self, target: int, ridge: float | None, dtype: torch.dtype) -> Fit:
+    def __call__(self, target: int, ridge: float | None) -> Fit:
         """The fit with the ridge given, or with the one the tune rows choose (0 without tune rows)."""
         q = self.spectrum.vectors
         projected = q.T @ self.fit.cxy(target)
         chosen = self._tuned(target, projected) if ridge is None else ridge
-        weight = q @ (self.spectrum.inverse(chosen)[:, None] * projected)
-        return Fit(weight.to(dtype), self.fit.mean_x.to(dtype), self.fit.mean_y(target).to(dtype), chosen)
+        weight = q.to(self.dtype) @ (self.spectrum.inverse(chosen)[:, None] * projected).to(self.dtype)
+        return Fit(weight, self.fit.mean_x.to(self.dtype), self.fit.mean_y(target).to(self.dtype), chosen)
 
     def _tuned(self, target: int, projected: Tensor) -> float:
         """The largest ridge whose R^2 on the tune rows is within 1e-4 of the best.
@@ -102,9 +129,10 @@ class Solver:
         fit, tune = self.fit, self.tune
         if tune is None or self.rotated is None:
             return 0.0
-        q = self.spectrum.vectors
-        cross = (projected * (q.T @ tune.cxy(target))).sum(1)
-        quadratic = self.rotated * (projected @ projected.T)
+        q, dtype = self.spectrum.vectors, self.dtype
+        narrow = projected.to(dtype)
+        cross = (narrow * (q.to(dtype).T @ tune.cxy(target).to(dtype))).sum(1).double()
+        quadratic = (self.rotated * (narrow @ narrow.T)).double()
         off_x = q.T @ (tune.mean_x - fit.mean_x)
         off_y = tune.mean_y(target) - fit.mean_y(target)
         spread = float(tune.cyy(target))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from transect.metrics.moments import Moments
-from transect.metrics.ridge import Fit, Solver, decompose, insample_r2, rcond_for
+from transect.metrics.ridge import Fit, Solver, insample_r2, rcond_for
 from transect.metrics.spectrum import effective_rank, participation_ratio
 
 GROUPS = 10
@@ -30,17 +30,18 @@ class Spread:
     rank: int
     effective: float
     participation: float
+    regular: bool = False  # far from singular
 
     def pack(self) -> list:
         """Plain numbers."""
-        return [self.rows, self.rank, self.effective, self.participation]
+        return [self.rows, self.rank, self.effective, self.participation, self.regular]
 
 
 @dataclass(slots=True, eq=False)
 class Group:
     """Fits from one source site to several targets of one layer, on the same rows with the same weights.
 
-    `rest` holds all rows once the fits are solved: the in-sample value is one of all rows.
+    Once the fits are solved, `fit` goes on with all rows: the in-sample value is one of all rows.
     """
 
     source: str
@@ -71,12 +72,12 @@ class Group:
         """Solve every target on the fit rows, with the ridge given or the one the tune rows choose."""
         assert self.fit is not None
         if self.fit.rows:
-            solver = Solver.of(self.fit, self.tune, rcond_for(dtype))
+            solver = Solver.of(self.fit, self.tune, rcond_for(dtype), torch.promote_types(dtype, torch.float32))
             values, rank = solver.spectrum.eigenvalues, solver.spectrum.rank
-            self.spread = Spread(self.fit.rows, rank, float(effective_rank(values)), float(participation_ratio(values)))
+            effective, participation = float(effective_rank(values)), float(participation_ratio(values))
+            self.spread = Spread(self.fit.rows, rank, effective, participation, solver.spectrum.regular)
             if rank:
-                kind = torch.promote_types(dtype, torch.float32)
-                self.fits = [solver(target, ridge, kind) for target in range(len(self.elements))]
+                self.fits = [solver(target, ridge) for target in range(len(self.elements))]
         if self.tune is not None:
             self.fit.merge(self.tune)
             self.tune = None
@@ -84,10 +85,7 @@ class Group:
     def insample(self, dtype: torch.dtype) -> tuple[int, list[float | None]]:
         """The rank of all rows' inputs, and each target's in-sample R^2."""
         assert self.fit is not None
-        spectrum = decompose(self.fit, rcond_for(dtype))
-        if not spectrum.rank:
-            return 0, [None for _ in self.elements]
-        return spectrum.rank, [insample_r2(self.fit, spectrum, target) for target in range(len(self.elements))]
+        return insample_r2(self.fit, rcond_for(dtype), self.spread is not None and self.spread.regular)
 
     def pack(self) -> dict:
         """Plain tensors and numbers."""
