@@ -1,6 +1,6 @@
 """Cost of measuring against the plain forward pass, and against TransformerLens' cache where it is installed.
 
-    python -m benchmarks.measuring [--tokens 32768] [--repeats 3] [-o benchmarks/results/measuring.json]
+    python -m benchmarks.measuring [--tokens 65536] [--repeats 3] [-o benchmarks/results/measuring.json]
 
 One process, GPT-2-small shape with random weights, batches of 8 x 128. Each repeat runs every candidate once, in
 turn; a ratio is candidate / plain forward of the same repeat, quoted as the median. The plain forward is `model(ids)`
@@ -29,6 +29,7 @@ from transect.results import write_whole
 from transect.view.sites import PAPER_ELEMENTS
 
 BATCH, POSITIONS = 8, 128
+FORWARD = "plain forward with head"
 LENS = "TransformerLens run_with_cache"
 LENS_SHARE = 8
 BOUNDS = {"jump + nonlinearity + similarity": 2.0, "the same with cosines": 2.5, "R2 of all FFNs": 1.3}
@@ -60,7 +61,7 @@ def candidates(view: "tx.View", data: "tx.data.Dataset", ids: torch.Tensor) -> d
                 view.model(ids[start : start + BATCH])
 
     return {
-        "plain forward with head": forward,
+        FORWARD: forward,
         "jump + nonlinearity + similarity": lambda: tx.measure(view, ["jump", ten, "similarity"], data),
         "the same with cosines": lambda: tx.measure(view, ["jump", cosines, "similarity"], data),
         "R2 of all FFNs": lambda: tx.measure(view, [ffn], data),
@@ -109,7 +110,7 @@ def measure_once(tokens: int) -> None:
 def main() -> None:
     """Run, print and write the result."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tokens", type=int, default=32_768)
+    parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory-of", type=int)
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/measuring.json"))
@@ -122,19 +123,27 @@ def main() -> None:
     runs = candidates(view, tx.data.from_tokens(ids), ids)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     view.run(ids[:BATCH], head=True)
+    memory = {str(tokens): peak_memory(tokens) for tokens in (args.tokens // 4, args.tokens)}
+    print(f"peak memory MB by tokens: {memory}", flush=True)
     for repeat in range(args.repeats):
         for name, run in runs.items():
             seconds[name].append(timed(run) * (LENS_SHARE if name == LENS else 1))
             print(f"repeat {repeat + 1}: {name}: {seconds[name][-1]:.1f} s", flush=True)
-    rival = seconds["plain forward with head"]
+        ratios = write_result(args.output, args.tokens, seconds, memory)
+    for name, ratio in ratios.items():
+        print(f"{ratio:6.2f}x  {name}" + (f"  (bound {BOUNDS[name]}x)" if name in BOUNDS else ""))
+
+
+def write_result(output: Path, tokens: int, seconds: dict[str, list[float]], memory: dict[str, float]) -> dict:
+    """Write what is known after a repeat; returns the median ratios to the plain forward pass."""
+    rival = seconds[FORWARD]
     ratios = {
         name: statistics.median(own / plain for own, plain in zip(times, rival, strict=True))
         for name, times in seconds.items()
     }
-    memory = {str(tokens): peak_memory(tokens) for tokens in (args.tokens // 4, args.tokens)}
     result = {
-        "command": "python -m benchmarks.measuring",
-        "tokens": args.tokens,
+        "command": f"python -m benchmarks.measuring --tokens {tokens} --repeats {len(rival)}",
+        "tokens": tokens,
         "batch": [BATCH, POSITIONS],
         "seconds": seconds,
         "median_ratio_to_plain_forward": ratios,
@@ -143,11 +152,9 @@ def main() -> None:
         "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "machine": platform.machine()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    for name, ratio in ratios.items():
-        print(f"{ratio:6.2f}x  {name}" + (f"  (bound {BOUNDS[name]}x)" if name in BOUNDS else ""))
-    print(f"peak memory MB by tokens: {memory}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(args.output, (json.dumps(result, indent=2) + "\n").encode())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(output, (json.dumps(result, indent=2) + "\n").encode())
+    return ratios
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from rich.console import Console
 from transect import registry, terminal
 from transect.data import Dataset, builtin_text, from_text, load_tokens
 from transect.errors import InputError
-from transect.measure import run
+from transect.measure import notes_of, run
 from transect.options import configured
-from transect.plan import Plan, make
+from transect.plan import make
 from transect.probes.base import Probe
 from transect.progress import Bar
 from transect.results import Table, make_folder
@@ -71,7 +71,7 @@ def _measure_one(request: Request, revision: str | None, probes: list[Probe], co
     plan = make(view, probes, _data(request, view), request.batch_size, request.seed)
     for line in plan.lines()[: None if request.dry_run else 2]:
         console.print(line, highlight=False, soft_wrap=True)
-    for note in _notes(plan):
+    for note in notes_of(plan):
         console.print(f"note    {note}", highlight=False, soft_wrap=True)
     if request.dry_run:
         return Table()
@@ -81,12 +81,6 @@ def _measure_one(request: Request, revision: str | None, probes: list[Probe], co
     if request.output is not None:
         console.print(f"rows and run record are in {request.output}", highlight=False, soft_wrap=True)
     return table
-
-
-def _notes(plan: Plan) -> list[str]:
-    from transect.measure import notes_of
-
-    return notes_of(plan)
 
 
 def _load(model: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool) -> View:

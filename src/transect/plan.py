@@ -75,8 +75,23 @@ class Plan:
             parts = ", ".join(f"{s.phase} {int(data.lengths[s.sequences].sum()):,}" for s in item.stages)
             lines.append(f"pass {number}  {names}: layers {layers[0]}-{layers[-1]}, tokens {parts}")
             lines.append(f"        memory for sums {memory.readable(item.bytes)}")
-        lines.append(f"memory  {memory.readable(self.bytes)} for sums, {memory.readable(self.free)} free")
+        parts = {"weights": self.weights, "sums": self.bytes, "one batch": self.activations}
+        listed = " + ".join(f"{name} {memory.readable(size)}" for name, size in parts.items())
+        lines.append(f"memory  {listed} = {memory.readable(sum(parts.values()))}; {memory.readable(self.free)} free")
         return lines
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the model's parameters, which are loaded already."""
+        return sum(parameter.nbytes for parameter in self.view.model.parameters())
+
+    @property
+    def activations(self) -> int:
+        """Bytes of one batch: the stream of every layer, and the sites of the widest layer with their work space."""
+        view = self.view
+        layers = [sum(widths.values()) for widths in view.proof.widths]
+        tokens = self.batch_size * self.data.seq_len
+        return tokens * (2 * max(layers) + (view.num_layers + 1) * view.width) * max(4, view.dtype.itemsize)
 
 
 def make(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 192
+_PART = 4096
 
 
 @dataclass(slots=True, eq=False)
@@ -14,8 +15,8 @@ class Moments:
     """Weighted sums of x, y, x x^T, x y^T and |y|^2 about fixed shifts, for one input and several targets.
 
     The shift is the mean of the first batch, so that a large offset costs no digits. Sums are float64; x x^T is a
-    float64 product, x y^T one in the dtype of the data (float64 stays float64), added up in float64 batch by batch.
-    Memory: 8 d^2 + 8 d e bytes for each target. Cost per token: d^2 (1/2 to 2/3 by symmetry) + d e multiplications.
+    float64 product; x y^T is one in the dtype of the data, added up in it for some thousand rows and in float64 beyond.
+    Memory: 8 d^2 + 12 d e bytes for each target. Cost per token: d^2 (1/2 to 2/3 by symmetry) + d e multiplications.
     """
 
     shift_x: Tensor
@@ -27,6 +28,8 @@ class Moments:
     sum_y: list[Tensor] = field(default_factory=list)
     sum_xy: list[Tensor] = field(default_factory=list)
     sum_yy: list[Tensor] = field(default_factory=list)
+    part_xy: list[Tensor] = field(default_factory=list)
+    part_rows: int = 0
 
     @classmethod
     def empty(cls, shift_x: Tensor, shift_y: list[Tensor]) -> Self:
@@ -43,6 +46,7 @@ class Moments:
             [torch.zeros(len(shift), **wide) for shift in shift_y],
             [torch.zeros(width, len(shift), **wide) for shift in shift_y],
             [torch.zeros((), **wide) for _ in shift_y],
+            [torch.zeros(width, len(shift), dtype=shift.dtype, device=shift.device) for shift in shift_y],
         )
 
     @classmethod
@@ -65,13 +69,21 @@ class Moments:
             squares = torch.linalg.vector_norm(y, dim=1).double().square()
             self.sum_yy[index] += squares.sum() if weights is None else squares @ weights.double()
             self.sum_y[index] += (y if weights is None else y * weights.to(y.dtype)[:, None]).sum(0).double()
-            if x.dtype == torch.float64:
-                self.sum_xy[index].addmm_(narrow.T, y)
-            else:
-                self.sum_xy[index] += narrow.T @ y
+            self.part_xy[index].addmm_(narrow.T, y)
+        self.part_rows += len(x)
+        if self.part_rows >= _PART:
+            self.flush()
+
+    def flush(self) -> None:
+        """Move x y^T of the last rows into the float64 sums."""
+        for total, part in zip(self.sum_xy, self.part_xy, strict=True):
+            total += part
+            part.zero_()
+        self.part_rows = 0
 
     def merge(self, other: "Moments") -> None:
         """Add the rows of other moments that were taken about the same shifts."""
+        other.flush()
         self.rows += other.rows
         self.count += other.count
         self.sum_x += other.sum_x
@@ -99,6 +111,8 @@ class Moments:
 
     def cxy(self, target: int) -> Tensor:
         """Centred sum of x y^T [d, e]."""
+        if self.part_rows:
+            self.flush()
         return self.sum_xy[target] - torch.outer(self.sum_x, self.sum_y[target]) / self.count
 
     def cyy(self, target: int) -> Tensor:
@@ -117,7 +131,7 @@ class Moments:
     @staticmethod
     def nbytes(width: int, widths: list[int]) -> int:
         """Memory of the sums for an input and targets of these widths."""
-        return 8 * (width * width + width * sum(widths))
+        return 8 * width * width + 12 * width * sum(widths)
 
 
 def _add_gram(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -11,8 +11,9 @@ from transect.errors import InputError
 from transect.metrics.moments import Moments
 from transect.parallel import on_every_core
 from transect.probes._elementwise import Lines
-from transect.probes._fits import GROUPS, Group, Owners, Scores
+from transect.probes._fits import Group, Scores
 from transect.probes._linear_rows import element_rows
+from transect.probes._rows import ChosenRows
 from transect.probes._trained import OBJECTIVES, Approximator
 from transect.probes.base import Probe, Setting, Sight, SplitRule
 from transect.results import Row
@@ -204,7 +205,7 @@ class Nonlinearity(Probe):
         chosen = self._chosen(sight, self.tokens if scoring else self.fit_tokens or self.tokens)
         if not bool(chosen.any()):
             return
-        rows = _Rows(self, setting, layer, seen, sight, chosen)
+        rows = ChosenRows(setting, seen, sight, chosen, self.project)
         if sight.phase == "train":
             self._train(mine, rows)
             return
@@ -225,7 +226,7 @@ class Nonlinearity(Probe):
             masks[tokens] = chosen if self.special_tokens else chosen & ~sight.special
         return masks[tokens]
 
-    def _fit_directions(self, mine: LayerState, rows: "_Rows") -> None:
+    def _fit_directions(self, mine: LayerState, rows: ChosenRows) -> None:
         for name in self.cosine:
             element = mine.elements[name]
             if isinstance(element, Element):
@@ -235,14 +236,14 @@ class Nonlinearity(Probe):
                 total = torch.cat([total, (length > 0).sum(0).double()])
                 mine.fit_directions[name] = mine.fit_directions.get(name, torch.zeros_like(total)) + total
 
-    def _train(self, mine: LayerState, rows: "_Rows") -> None:
+    def _train(self, mine: LayerState, rows: ChosenRows) -> None:
         for name, approximator in mine.trained.items():
             element = mine.elements[name]
             assert isinstance(element, Element)
             approximator.step(rows.site(element.source), rows.target(_key(element)))
 
     def _score(
-        self, mine: LayerState, setting: Setting, group: Group | Lines, rows: "_Rows", x: Tensor, ys: list[Tensor]
+        self, mine: LayerState, setting: Setting, group: Group | Lines, rows: ChosenRows, x: Tensor, ys: list[Tensor]
     ) -> None:
         owners = rows.owners
         for fit, key, y in zip(group.fits, group.elements, ys, strict=False):
@@ -310,65 +311,6 @@ class Nonlinearity(Probe):
                     yield Row(metric="r2_heldout", value=None, unit="1", reason=element, layer=layer, element=name)
                     continue
                 yield from element_rows(self, setting, layer, name, mine, insample)
-
-
-class _Rows:
-    """The chosen tokens of one layer of one batch: sites and targets as [tokens, width], each taken out once."""
-
-    def __init__(
-        self, probe: Nonlinearity, setting: Setting, layer: int, seen: Seen, sight: Sight, chosen: Tensor
-    ) -> None:
-        self._probe, self._seen, self._sight, self._chosen = probe, seen, sight, chosen
-        self._setting, self._layer = setting, layer
-        self._sites: dict[str, Tensor] = {}
-        self._targets: dict[str, Tensor] = {}
-
-    def site(self, name: str) -> Tensor:
-        """A site's chosen tokens, projected where the probe projects."""
-        if name not in self._sites:
-            rows = self._sight.rows(self._seen[name], self._chosen)
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            self._sites[name] = self._projected(name, rows)
-        return self._sites[name]
-
-    def target(self, key: str) -> Tensor:
-        """An element's output: its target site, plus the stream added to it."""
-        if key not in self._targets:
-            target, _, add = key.partition("+")
-            if add:
-                rows = self._sight.rows(self._seen[target] + self._seen[add], self._chosen)
-                rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-                self._targets[key] = self._projected(target, rows)
-            else:
-                self._targets[key] = self.site(target)
-        return self._targets[key]
-
-    @property
-    def owners(self) -> Owners:
-        """Whose tokens they are."""
-        key = ("owners", id(self._chosen))
-        if key not in self._sight.scratch:
-            keys = torch.from_numpy((self._setting.unit_keys % GROUPS).astype("int64")).to(self._sight.unit.device)
-            rows = self._sight.owners(self._chosen)
-            self._sight.scratch[key] = Owners(rows, self._sight.unit, keys[self._sight.unit])
-        return self._sight.scratch[key]
-
-    def _projected(self, site: str, rows: Tensor) -> Tensor:
-        width = self._probe.project
-        if width is None or rows.shape[1] <= width:
-            return rows
-        key = ("projection", site, rows.shape[1])
-        if key not in self._sight.scratch:
-            seed = (self._setting.seed * 1_000_003 + _number(site)) % 2**31
-            generator = torch.Generator().manual_seed(seed)
-            matrix = torch.randn(rows.shape[1], width, generator=generator, dtype=torch.float64) / width**0.5
-            self._sight.scratch[key] = matrix.to(rows)
-        return rows @ self._sight.scratch[key]
-
-
-def _number(text: str) -> int:
-    """A number for a name that is the same in every process."""
-    return int.from_bytes(text.encode(), "big") % 1_000_003
 
 
 def _key(element: Element) -> str:

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from transect.errors import InputError
+from transect.view.kinds import below, holds, is_elementwise, is_experts, is_linear, is_norm, routes
 from transect.view.layout import LayerMap, Tap
 from transect.view.sites import NEXT
 from transect.view.tensors import Key, by_position, eps
@@ -133,7 +134,7 @@ class Finder:
             for spot in self.inputs
             if any(True for _ in spot.call.module.parameters(recurse=False))
             and not is_norm(spot.call.module)
-            and (_below(spot.call.path, inside) if inside else not _below(spot.call.path, outside))
+            and (below(spot.call.path, inside) if inside else not below(spot.call.path, outside))
             and spot.value.shape == value.shape
             and torch.equal(spot.value, value)
         )
@@ -225,12 +226,12 @@ class Finder:
     def _norms_after(self, value: Tensor) -> Iterator[Spot]:
         """Outputs of modules fed with the value that change it without mixing widths or positions of others."""
         for call in self.calls:
-            if any(_is(item, value, self.resid) for item in call.inputs.values()) and is_norm(call.module):
+            if any(holds(item, value, self.resid) for item in call.inputs.values()) and is_norm(call.module):
                 yield from (spot for spot in self.outputs if spot.call is call)
 
     def _norms_before(self, value: Tensor) -> Iterator[tuple[Spot, str]]:
         for call in self.calls:
-            if is_norm(call.module) and any(_is(item, value, self.resid) for item in call.outputs.values()):
+            if is_norm(call.module) and any(holds(item, value, self.resid) for item in call.outputs.values()):
                 yield from ((spot, call.path) for spot in self.inputs if spot.call is call)
 
     def _norm_between(self, source: Tensor, tap: Tap | None) -> str | None:
@@ -238,8 +239,8 @@ class Finder:
             return None
         target = next(s for s in self.inputs if s.tap() == tap)
         for call in self.calls:
-            fed = any(_is(item, source, self.resid) for item in call.inputs.values())
-            made = any(_is(item, target.value, self.resid) for item in call.outputs.values())
+            fed = any(holds(item, source, self.resid) for item in call.inputs.values())
+            made = any(holds(item, target.value, self.resid) for item in call.outputs.values())
             if fed and made and is_norm(call.module):
                 return call.path
         return None
@@ -258,14 +259,14 @@ class Finder:
             return None
         branch, scale = algebra.attn
         taps["attn_out"] = branch.tap(scale)
-        linear = [spot for spot in self.inputs if _is_linear(spot.call.module) and spot.call.end <= branch.call.end]
+        linear = [spot for spot in self.inputs if is_linear(spot.call.module) and spot.call.end <= branch.call.end]
         projection = next((spot for spot in linear if spot.mixed), None)
         if projection is None:
             missing.update(dict.fromkeys(("attn_in", "heads_out"), "attention has no output projection of its own"))
             return branch
         taps["heads_out"] = projection.tap()
         root = self._attn_root(projection, algebra)
-        first = next((s for s in linear if _below(s.call.path, root) and s is not projection), None)
+        first = next((s for s in linear if below(s.call.path, root) and s is not projection), None)
         if first is None:
             missing["attn_in"] = "no linear map reads the input of attention"
         else:
@@ -277,7 +278,7 @@ class Finder:
         steps = projection.call.path.split(".")
         if algebra.ffn is None:
             return ".".join(steps[:-1])
-        others = [call.path.split(".") for call in self.calls if _is_linear(call.module) or _is_experts(call.module)]
+        others = [call.path.split(".") for call in self.calls if is_linear(call.module) or is_experts(call.module)]
         shared = 0
         while all(other[: shared + 1] == steps[: shared + 1] for other in others):
             shared += 1
@@ -293,12 +294,12 @@ class Finder:
             return None, False
         branch, scale = algebra.ffn
         taps["ffn_out"] = branch.tap(scale)
-        region = [c for c in self.calls if not _below(c.path, attn_root) and c.end <= branch.call.end]
+        region = [c for c in self.calls if not below(c.path, attn_root) and c.end <= branch.call.end]
         if not algebra.parallel and attn_root is not None:
-            attn_end = max(call.end for call in self.calls if _below(call.path, attn_root))
+            attn_end = max(call.end for call in self.calls if below(call.path, attn_root))
             region = [call for call in region if call.end > attn_end]
-        sparse = any(_is_experts(call.module) for call in region)
-        readers = [s for s in self.inputs if s.call in region and (_is_linear(s.call.module) or _routes(s.call))]
+        sparse = any(is_experts(call.module) for call in region)
+        readers = [s for s in self.inputs if s.call in region and (is_linear(s.call.module) or routes(s.call))]
         if not readers:
             raise InputError(f"layer at {self.path}: no linear map inside its FFN; ffn_in cannot be told")
         taps["ffn_in"] = readers[0].tap()
@@ -314,7 +315,7 @@ class Finder:
 
     def _activation(self, region: list[Call], taps: dict[str, Tap], missing: dict[str, str]) -> None:
         for call in region:
-            if _is_elementwise(call):
+            if is_elementwise(call):
                 taps["ffn_pre"] = Tap(call.path, "in", 0, call.nth, overwritten=call.overwritten("in", 0))
                 taps["ffn_act"] = Tap(call.path, "out", None, call.nth, overwritten=call.overwritten("out", None))
                 return
@@ -322,7 +323,7 @@ class Finder:
 
     def _router(self, region: list[Call], taps: dict[str, Tap], missing: dict[str, str]) -> None:
         for call in region:
-            if _routes(call):
+            if routes(call):
                 kinds = {key: item.is_floating_point() for key, item in call.outputs.items()}
                 taps["selected"] = Tap(call.path, "out", next(k for k, floating in kinds.items() if not floating))
                 taps["router_logits"] = Tap(call.path, "out", next(k for k, floating in kinds.items() if floating))
@@ -338,48 +339,3 @@ class Finder:
                 scale = ((after - resid) * spot.value).sum() / size
                 left.append(float((after - resid - scale * spot.value).norm() / after.norm()))
         return min(left)
-
-
-def _is(tensor: Tensor, value: Tensor, like: Tensor) -> bool:
-    here = by_position(tensor, *like.shape[:2]) if tensor.is_floating_point() else None
-    return here is not None and here.shape == value.shape and torch.equal(here.double(), value)
-
-
-def is_norm(module: nn.Module) -> bool:
-    """A module without children that owns vectors only, or nothing: LayerNorm, RMSNorm and their kin."""
-    leaf = not any(True for _ in module.children())
-    return leaf and not isinstance(module, (nn.Dropout, nn.Identity)) and all(p.ndim == 1 for p in module.parameters())
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """A module that owns one matrix and perhaps a bias: Linear, Conv1D and their quantised kin."""
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
-
-
-def _below(path: str, root: str | None) -> bool:
-    return root is not None and (path == root or path.startswith(f"{root}."))
-
-
-def _is_elementwise(call: Call) -> bool:
-    """A module without parameters that changes each number by itself: an activation."""
-    module, received, returned = call.module, call.inputs.get(0), call.outputs.get(None)
-    if received is None or returned is None or received.shape != returned.shape or torch.equal(received, returned):
-        return False
-    if any(True for _ in module.parameters()):
-        return False
-    nudged = received.clone()
-    nudged[..., 0] += 1
-    with torch.no_grad():
-        before, after = module(received), module(nudged)
-    return torch.equal(after[..., 1:], before[..., 1:]) and not torch.equal(after[..., 0], before[..., 0])
-
-
-def _is_experts(module: nn.Module) -> bool:
-    return any(parameter.ndim >= 3 for parameter in module.parameters(recurse=False))
-
-
-def _routes(call: Call) -> bool:
-    return any(not item.is_floating_point() for item in call.outputs.values()) and any(
-        item.is_floating_point() for item in call.outputs.values()
-    )

@@ -1,15 +1,15 @@
 """Take the tensors of the sites asked for while the model runs, layer by layer, and nothing else."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from transect.errors import InputError
 from transect.view.layout import Tap
-from transect.view.sites import SITES
-from transect.view.tensors import by_position
+from transect.view.sites import MODEL_SITES, NEXT, SITES
+from transect.view.tensors import by_position, logits_of, parts
 from transect.view.walk import OrderError, Walk
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def site_value(site: str, layer: int, tap: Tap, tensor: Tensor, shape: tuple[int
 def check_site(name: str) -> None:
     """Raise InputError for a name that is no site."""
     if name not in SITES:
-        raise InputError(f"unknown site {name!r}; sites are {', '.join(SITES)}")
+        raise InputError(f"unknown site {name!r}; sites are {', '.join([*SITES, *MODEL_SITES])}")
 
 
 def _taps(view: "View", layer: int, names: Iterable[str]) -> dict[str, Tap]:
@@ -93,28 +93,32 @@ def _taps(view: "View", layer: int, names: Iterable[str]) -> dict[str, Tap]:
 
 
 class Capture:
-    """The sites of one forward pass, looked up as `capture[site, layer]`.
+    """The sites of one forward pass, looked up as `capture[site, layer]`, `capture["final_in"]`, `capture["logits"]`.
 
     Holds every tensor asked for until it is dropped; for a whole corpus use `stream`.
     """
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[str, int], Tensor] = {}
+        self._tensors: dict[str | tuple[str, int], Tensor] = {}
 
-    def __getitem__(self, key: tuple[str, int]) -> Tensor:
-        """The tensor [batch, positions, width] of (site, layer); raises KeyError when it was not captured."""
+    def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
+        """The tensor [batch, positions, width] of (site, layer) or of a model site; KeyError when not captured."""
         return self._tensors[key]
 
     def __contains__(self, key: object) -> bool:
         return key in self._tensors
 
-    def keys(self) -> list[tuple[str, int]]:
-        """Every (site, layer) captured."""
+    def keys(self) -> list[str | tuple[str, int]]:
+        """Everything captured."""
         return list(self._tensors)
 
     def add(self, layer: int, seen: Seen) -> None:
         """Keep one layer's tensors."""
         self._tensors |= {(site, layer): tensor for site, tensor in seen.items()}
+
+    def add_model_site(self, site: str, tensor: Tensor) -> None:
+        """Keep a tensor that belongs to no layer."""
+        self._tensors[site] = tensor
 
 
 @contextmanager
@@ -123,8 +127,24 @@ def capture(view: "View", sites: Iterable[str], layers: Iterable[int] | None = N
 
     A later pass overwrites an earlier one. Raises as `stream` does.
     """
-    sites = tuple(sites)
+    names = tuple(sites)
+    inner = tuple(name for name in names if name not in MODEL_SITES)
     chosen = range(len(view.layers)) if layers is None else layers
     taken = Capture()
-    with stream(view, dict.fromkeys(chosen, sites), taken.add):
+    with stream(view, dict.fromkeys(chosen, inner), taken.add), ExitStack() as stack:
+        for name in names:
+            if name in MODEL_SITES:
+                stack.callback(_hook_model_site(view, name, taken).remove)
         yield taken
+
+
+def _hook_model_site(view: "View", site: str, taken: Capture) -> Any:
+    """A hook that keeps `logits`, or `final_in`: what the final norm, or where there is none the head, receives."""
+    if site == "logits":
+        if not view.has_head:
+            raise InputError(f"{view.name} has no head, so there are no logits; load a checkpoint with its head")
+        return view.model.register_forward_hook(lambda _, __, out: taken.add_model_site(site, logits_of(out)))
+    if view.final_norm is not None:
+        return view.final_norm.register_forward_pre_hook(lambda _, args: taken.add_model_site(site, args[0]))
+    key = view.maps[-1].taps[NEXT].key  # of a module that all layers share, the last call is kept
+    return view.layers[-1].register_forward_hook(lambda _, __, out: taken.add_model_site(site, parts(out)[key]))

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from transect.errors import InputError
-from transect.view.branches import Finder, is_norm
+from transect.view.branches import Finder
+from transect.view.kinds import is_norm
 from transect.view.layout import LayerMap, ModelMap
 from transect.view.trace import Call, recorded
 

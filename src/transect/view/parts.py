@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from transect.view.branches import is_norm
+from transect.view.kinds import is_norm
 
 if TYPE_CHECKING:
     from transect.view.view import View

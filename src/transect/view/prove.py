@@ -58,13 +58,13 @@ def prove(view: "View", ids: Tensor) -> Proof:
     """Check every identity of every layer and that every site reaches the output.
 
     Identities: the residual algebra of the layer's layout, norms applied to the stream give the inputs, consecutive
-    layers share the stream. Causal check: the gradient of a random projection of the
+    layers share the stream, the final norm reads resid[L]. Causal check: the gradient of a random projection of the
     output with respect to each site exists, is finite and is not zero. One forward and one backward pass on `ids`.
     Raises InputError with module path, identity and residual.
     """
     bound = BOUNDS.get(view.dtype, 8 * eps(view.dtype))
     try:
-        seen, raw, output = _run(view, ids)
+        seen, raw, output, final_in = _run(view, ids)
     except OrderError as error:
         raise InputError(f"{view.name} is refused: {error}") from error
     identities = []
@@ -78,6 +78,8 @@ def prove(view: "View", ids: Tensor) -> Proof:
                     f"{view.name} is refused: at {path} the identity {text} does not hold; "
                     f"residual {residual:.3g}, allowed {bound:.3g}"
                 )
+    if view.final_norm_path is not None:
+        identities.append(_final(view, seen[NEXT, view.num_layers - 1], final_in, bound))
     causal, inert = _causal(view, raw, output)
     widths = tuple(
         {site: seen[site, layer].shape[-1] for site in view.maps[layer].taps} for layer in range(view.num_layers)
@@ -85,8 +87,23 @@ def prove(view: "View", ids: Tensor) -> Proof:
     return Proof(tuple(identities), bound, causal, inert, widths)
 
 
-def _run(view: "View", ids: Tensor) -> tuple[Values, Values, Tensor]:
-    """Every site's value, the tensor the model itself goes on with at its tap, and the output, with gradients."""
+def _final(view: "View", stream: Tensor, final_in: list[Tensor], bound: float) -> Identity:
+    """The final norm reads resid[L]."""
+    path = str(view.final_norm_path)
+    residual = _residual(stream, lambda: final_in[0]) if final_in else float("inf")
+    if not residual <= bound:
+        raise InputError(
+            f"{view.name} is refused: at {path} the identity final_in = resid[L] does not hold; "
+            f"residual {residual:.3g}, allowed {bound:.3g}"
+        )
+    return Identity(view.num_layers - 1, "final_in = resid[L]", path, residual)
+
+
+def _run(view: "View", ids: Tensor) -> tuple[Values, Values, Tensor, list[Tensor]]:
+    """Every site's value, the tensor the model itself goes on with at its tap, and the output, with gradients.
+
+    Last comes what the final norm received, once for each call.
+    """
     values: Values = {}
     raw: Values = {}
 
@@ -101,6 +118,10 @@ def _run(view: "View", ids: Tensor) -> tuple[Values, Values, Tensor]:
 
     embeddings = view.model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda _, __, out: out if out.requires_grad else out.requires_grad_())
+    final_in: list[Tensor] = []
+    norm = view.final_norm
+    if norm is not None:
+        hook = norm.register_forward_pre_hook(lambda _, args: final_in.append(args[0].detach()))
     try:
         with torch.enable_grad(), Walk(view) as walk:
             for layer in range(view.num_layers):
@@ -109,11 +130,13 @@ def _run(view: "View", ids: Tensor) -> tuple[Values, Values, Tensor]:
             output = view.run(ids, head=True)
     finally:
         handle.remove()
+        if norm is not None:
+            hook.remove()
     for layer in range(view.num_layers):
         for site, tap in view.maps[layer].taps.items():
             if (site, layer) not in raw:
                 raise OrderError(f"layer {layer}: site {site!r} did not fire at {view.layer_path(layer)}.{tap}")
-    return values, raw, output
+    return values, raw, output, final_in
 
 
 def _identities(view: "View", seen: Values, layer: int):

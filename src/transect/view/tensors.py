@@ -1,6 +1,7 @@
 """Reading and replacing one tensor inside what a module receives or returns: a tensor, a tuple or a mapping."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,12 @@ def put(value: object, key: Key, new: Tensor) -> object:
         changed[key] = new
         return changed
     raise TypeError(f"no tensor {key!r} in a {type(value).__name__}")
+
+
+def logits_of(output: object) -> Any:
+    """The vocabulary logits in a model's output, under either of their names; None where it has none."""
+    logits = getattr(output, "logits", None)
+    return getattr(output, "prediction_logits", None) if logits is None else logits
 
 
 def by_position(tensor: Tensor, batch: int, positions: int) -> Tensor | None:

@@ -16,7 +16,7 @@ from transect.view.discover import discover, no_cache
 from transect.view.layout import LayerMap, Tap
 from transect.view.prove import Proof, prove
 from transect.view.sites import NEXT
-from transect.view.tensors import Key, parts, put
+from transect.view.tensors import Key, logits_of, parts, put
 
 Adapter = Mapping[str, Tap]
 
@@ -167,9 +167,7 @@ class View:
         attention = None if mask is None or bool(mask.all()) else mask.to(self.device, torch.long)
         with self._cleared(attention):
             output = target(input_ids=ids.to(self.device), attention_mask=attention, **no_cache(target))
-        logits = getattr(output, "logits", None)
-        if logits is None:
-            logits = getattr(output, "prediction_logits", None)
+        logits = logits_of(output)
         if head and logits is not None:
             return logits
         hidden = getattr(output, "last_hidden_state", None)
