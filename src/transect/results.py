@@ -191,9 +191,12 @@ class whole_file:  # noqa: N801 - used as a verb in `with`
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_bytes(content)
+    """Write a file so that it appears whole or not at all; raises InputError when the disk does not take it."""
+    try:
+        with whole_file(path) as partial:
+            partial.write_bytes(content)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; make room or give another folder") from error
 
 
 assert set(COLUMNS) == {field.name for field in fields(Row)}

@@ -76,9 +76,17 @@ class RunFolder:
         return self.path / "state.pt"
 
     def save_state(self, state: dict) -> None:
-        """Write the state; the one before it stays until the new one is whole."""
-        with whole_file(self.state_file) as path:
-            torch.save(state, path)
+        """Write the state; the one before it stays until the new one is whole.
+
+        Raises InputError when the disk does not take it.
+        """
+        try:
+            with whole_file(self.state_file) as path:
+                torch.save(state, path)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+            raise InputError(
+                f"cannot save the state in {self.path}: {str(error).splitlines()[0]}; make room and go on with --resume"
+            ) from error
 
     def load_state(self) -> dict | None:
         """The state of a stopped run; None when there is none. Raises InputError when the file is damaged."""

@@ -278,3 +278,18 @@ def test_what_a_killed_run_was_writing_is_swept_up(tmp_path: Path):
     (output / ".config.json.123.partial").write_bytes(b"{")
     run(plan, str(output))
     assert contents(output) == FINISHED
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(inputs: list[str], tmp_path: Path) -> None:
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", limit + DRIVER, "measure", *inputs, "--output", str(tmp_path / "run")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("transect: cannot save the state") and "--resume" in line
+    assert contents(tmp_path) == set()
