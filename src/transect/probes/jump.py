@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -21,6 +20,7 @@ from transect.view.view import View
 
 Displacement = Literal["half_one_minus_cos", "one_minus_cos", "arccos_over_pi"]
 Positions = Literal["all", "skip_first", "last_only"]
+Column = tuple[str, int, int]
 POSITIONS: tuple[Positions, ...] = ("all", "skip_first", "last_only")
 
 
@@ -100,41 +100,53 @@ class Jump(Probe):
         norm = setting.view.final_norm
         chosen = self._chosen(sight)
         owners = sight.unit[sight.owners()]
+        wide = [widened(tokens) for tokens in states]
+        units = [unit(tokens, self.eps) for tokens in wide]
+        numbers: dict[Column, Tensor] = {}
         for convention, name in enumerate(_conventions(setting.view)):
             if name == "post_norm" and norm is not None:
-                states[-1] = norm(states[-1])
-            numbers = self._numbers(states)
+                wide[-1] = widened(norm(states[-1]))
+                units[-1] = unit(wide[-1], self.eps)
+            numbers = self._numbers(wide, units, numbers)
+            columns = torch.stack(list(numbers.values()), dim=1).double()
             for place, which in enumerate(chosen):
-                state.sums[place, convention].index_add_(0, owners[which], numbers[which].double())
+                state.sums[place, convention].index_add_(0, owners[which], columns[which])
         states.clear()
 
-    def _numbers(self, states: list[Tensor]) -> Tensor:
-        """Every column for every token [tokens, columns]."""
-        units = [unit(state, self.eps) for state in states]
-        wide = [widened(state) for state in states]
-        norms = [state.norm(dim=-1) for state in wide]
-        pairs = list(pairwise(units))
-        psi = [_DISPLACEMENTS[self.displacement](before, after) for before, after in pairs]
-        columns = [torch.ones_like(norms[0]), *psi]
-        columns += [2 * chord_displacement(before, after) for before, after in pairs]
-        columns += [
-            (after - before).norm(dim=-1) / norm.clamp_min(self.eps)
-            for before, after, norm in zip(wide, wide[1:], norms, strict=False)
-        ]
-        columns += norms
-        rises = [hinge_rate(before, after) for before, after in pairwise(psi)]
-        columns += rises
-        if self.windows:
-            columns += [chord_angle(units[i], units[j]) for i in range(len(units)) for j in range(i + 1, len(units))]
-        return torch.stack(columns, dim=1)
+    def _numbers(self, wide: list[Tensor], units: list[Tensor], before: dict[Column, Tensor]) -> dict[Column, Tensor]:
+        """Every column for every token [tokens]; what the last state has no part in is taken from `before`."""
+        layers = len(wide) - 1
+        psi = _DISPLACEMENTS[self.displacement]
+        numbers: dict[Column, Tensor] = {}
+        for column in self._columns(layers):
+            metric, layer, level = column
+            if column in before and level < layers:
+                numbers[column] = before[column]
+            elif metric == "count":
+                numbers[column] = torch.ones(len(wide[0]), dtype=wide[0].dtype, device=wide[0].device)
+            elif metric == "displacement":
+                numbers[column] = psi(units[layer], units[level])
+            elif metric == "block_influence":
+                numbers[column] = 2 * chord_displacement(units[layer], units[level])
+            elif metric == "update_ratio":
+                step = (wide[level] - wide[layer]).norm(dim=-1)
+                numbers[column] = step / wide[layer].norm(dim=-1).clamp_min(self.eps)
+            elif metric == "stream_norm":
+                numbers[column] = wide[layer].norm(dim=-1)
+            elif metric == "rise":
+                earlier = numbers["displacement", layer - 1, layer]
+                numbers[column] = hinge_rate(earlier, numbers["displacement", layer, level])
+            else:
+                numbers[column] = chord_angle(units[layer], units[level])
+        return numbers
 
-    def _columns(self, layers: int) -> list[tuple[str, int, int]]:
-        """(metric, layer, layer_to) of each column, in the order of `_numbers`."""
-        columns = [("count", 0, 0)]
+    def _columns(self, layers: int) -> list[Column]:
+        """(metric, layer, last level it reads) of each column."""
+        columns: list[Column] = [("count", 0, 0)]
         for name in ("displacement", "block_influence", "update_ratio"):
             columns += [(name, layer, layer + 1) for layer in range(layers)]
         columns += [("stream_norm", layer, layer) for layer in range(layers + 1)]
-        columns += [("rise", layer, layer) for layer in range(1, layers)]
+        columns += [("rise", layer, layer + 1) for layer in range(1, layers)]
         if self.windows:
             columns += [("angular_distance", i, j) for i in range(layers + 1) for j in range(i + 1, layers + 1)]
         return columns
@@ -175,7 +187,7 @@ class Jump(Probe):
             yield Row(metric="displacement", value=None, unit="1", reason="no token counts under this rule", **common)
             return
         psi = slice(1, 1 + layers)
-        rise = slice(columns.index(("rise", 1, 1)), columns.index(("rise", 1, 1)) + layers - 1) if layers > 1 else None
+        rise = slice(columns.index(("rise", 1, 2)), columns.index(("rise", 1, 2)) + layers - 1) if layers > 1 else None
 
         def values(totals: np.ndarray) -> np.ndarray:
             with np.errstate(invalid="ignore", divide="ignore"):

@@ -83,7 +83,7 @@ class Nonlinearity(Probe):
     fit is ours; cone normalisation A is assumed; layers are 0-based; residual rows of pre-norm models equal the
     sub-layer's.
     Raises: InputError for an unknown element or option, or a NaN in a site.
-    Cost: 8 (d^2 + d e) bytes and 2 (d^2 + d e) operations per token for each input of width d and target of width e;
+    Cost: 8 d^2 + 12 d e bytes and 2 (d^2 + d e) operations per token for each input of width d and target of width e;
     one eigendecomposition (d^3) for each input; `trained` runs the fit documents `epochs` more times.
     """
 
