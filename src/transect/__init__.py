@@ -14,13 +14,19 @@ if TYPE_CHECKING:  # what the lazy names below are, for type checkers and editor
     from transect.results import Row as Row
     from transect.results import Table as Table
     from transect.view import edits as edits
+    from transect.view.commit import Changes as Changes
+    from transect.view.commit import Removal as Removal
+    from transect.view.commit import commit as commit
     from transect.view.view import View as View
 
 _NAMES = {
+    "Changes": ("transect.view.commit", "Changes"),
     "InputError": ("transect.errors", "InputError"),
+    "Removal": ("transect.view.commit", "Removal"),
     "Row": ("transect.results", "Row"),
     "Table": ("transect.results", "Table"),
     "View": ("transect.view.view", "View"),
+    "commit": ("transect.view.commit", "commit"),
     "measure": ("transect.measure", "measure"),
     "plan": ("transect.plan", "make"),
     "run": ("transect.measure", "run"),

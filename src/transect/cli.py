@@ -16,17 +16,28 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="Model folder, hub id, GGUF file or run folder.", show_default=False)]
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        help="Model folder, hub id, GGUF file, run folder or folder of checkpoints; several are compared.",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 Texts = Annotated[list[Path] | None, typer.Option(help="Text, JSONL or Parquet file, or a folder; repeatable.")]
-Revisions = Annotated[list[str] | None, typer.Option(help="Revision or checkpoint; may be given several times.")]
+Revisions = Annotated[
+    list[str] | None, typer.Option(help="Revision or checkpoint; repeatable; all for every checkpoint of a folder.")
+]
 
 
 @app.command()
 def measure(
-    model: Model,
-    probe: Annotated[list[str] | None, typer.Option(help="Probe; repeatable. Default: all.")] = None,
+    model: Models,
+    probe: Annotated[
+        list[str] | None, typer.Option(help="Probe; repeatable; all for every one. Default: all but the costly.")
+    ] = None,
     text: Texts = None,
     tokens: Annotated[Path | None, typer.Option(help="Token ids, (documents, tokens) integers in a .npy file.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
@@ -37,16 +48,18 @@ def measure(
     revision: Revisions = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Probe option, as in nonlinearity.ridge=0.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of splits, samples and bootstrap draws.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Run folder for rows, settings and environment.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Run folder for rows and settings; of several models, one for each inside.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run in --output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its memory, run nothing.")] = False,
     trust_remote_code: Remote = False,
 ) -> None:
-    """Measure a model on a text with one or more probes."""
+    """Measure models, or the checkpoints of a training run, on a text with one or more probes."""
     from transect.commands import Request, measure_all
 
     request = Request(
-        model=model,
+        models=tuple(model),
         probes=tuple(probe or ()),
         text=tuple(text or ()),
         tokens=tokens,
@@ -78,6 +91,37 @@ def inspect(
     from transect.commands import inspect_model
 
     inspect_model(model, revision, dtype, device, trust_remote_code)
+
+
+@app.command()
+def edit(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new model folder.")],
+    remove: Annotated[
+        list[str] | None, typer.Option(help="PART:LAYER with ffn, attn or layer, or head:LAYER.HEAD; repeatable.")
+    ] = None,
+    order: Annotated[str | None, typer.Option(help="All layers that run, as in 0,2,1.")] = None,
+    swap: Annotated[list[str] | None, typer.Option(help="Two layers, as in 4,5; repeatable.")] = None,
+    repeat: Annotated[list[str] | None, typer.Option(help="LAYER:TIMES in a row; repeatable.")] = None,
+    dtype: Dtype = "float32",
+    revision: Annotated[str | None, typer.Option(help="Revision or checkpoint.")] = None,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Write a model with parts removed or layers moved; every number names a layer of MODEL as it is now."""
+    from transect.editing import Request, edit_model
+
+    request = Request(
+        model=model,
+        remove=tuple(remove or ()),
+        order=order,
+        swap=tuple(swap or ()),
+        repeat=tuple(repeat or ()),
+        output=output,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    edit_model(request)
 
 
 @app.command(name="list")

@@ -15,10 +15,12 @@ from torch import Tensor
 from transect import memory, runs
 from transect.data import Batch, Dataset, batches
 from transect.errors import InputError
+from transect.interventions import outcomes
 from transect.plan import Pass, Plan, Stage, make
 from transect.probes.base import Probe, Setting, Sight
 from transect.results import Row, Table
 from transect.view.capture import Seen, stream
+from transect.view.checkpoints import step_of
 from transect.view.view import View
 
 SAVE_SECONDS = 60.0
@@ -143,14 +145,18 @@ def _run_pass(plan: Plan, item: Pass, keeper: _Keeper, progress: Progress | None
         stage = item.stages[index]
         done = keeper.batch
         sequences = stage.sequences[done * stage.batch_size :]
-        for batch in batches(plan.data, sequences, stage.batch_size, _pad_id(plan.view), item.full_width):
-            _run_batch(plan.view, item, stage, states, batch)
+        for batch in batches(item.data, sequences, stage.batch_size, _pad_id(plan.view), item.full_width):
+            if stage.phase == "edit":
+                _edit_batch(plan.view, item, states[0], batch, _ticker(plan, batch, progress, keeper, states, stopped))
+            else:
+                _run_batch(plan.view, item, stage, states, batch)
+                if progress is not None:
+                    progress(int(batch.mask.sum()), stage.phase)
             keeper.batch += 1
-            if progress is not None:
-                progress(int(batch.mask.sum()), stage.phase)
             keeper.between(states, stopped)
         for probe, setting, state in zip(item.probes, item.settings, states, strict=True):
-            probe.turn(state, setting, stage.phase)
+            if item.watches(probe, stage):
+                probe.turn(state, setting, stage.phase)
         keeper.stage, keeper.batch = index + 1, 0
     rows = []
     for probe, setting, state in zip(item.probes, item.settings, states, strict=True):
@@ -164,7 +170,7 @@ def _run_batch(view: View, item: Pass, stage: Stage, states: list[Any], batch: B
     unit_of = torch.from_numpy(item.settings[0].unit_of)
     watchers: list[tuple[Probe, Setting, Any, Sight]] = []
     for probe, setting, state in zip(item.probes, item.settings, states, strict=True):
-        if stage.phase == "train" and stage.epoch >= probe.epochs():
+        if not item.watches(probe, stage):
             continue
         sight = Sight(
             stage.phase,
@@ -173,6 +179,8 @@ def _run_batch(view: View, item: Pass, stage: Stage, states: list[Any], batch: B
             batch.special.to(device),
             batch.sequence.to(device),
             unit_of[batch.sequence].to(device),
+            batch.token,
+            None if batch.target is None else batch.target.to(device),
         )
         watchers.append((probe, setting, state, sight))
     wanted: dict[int, tuple[str, ...]] = {}
@@ -191,14 +199,53 @@ def _run_batch(view: View, item: Pass, stage: Stage, states: list[Any], batch: B
     with torch.no_grad(), stream(view, wanted, consume):
         hidden = view.run(batch.ids, batch.mask)
     _refuse_nan(view, hidden, batch)
+    for probe, setting, state, sight in watchers:
+        probe.end(state, setting, sight)
+
+
+def _ticker(
+    plan: Plan,
+    batch: Batch,
+    progress: Progress | None,
+    keeper: _Keeper,
+    states: list[Any],
+    stopped: Callable[[], bool],
+) -> Callable[[int], None]:
+    """Tells of layers run as the tokens that would take as long, and stops a batch whose variants take minutes."""
+    tokens = int(batch.mask.sum())
+    owed = 0.0
+
+    def tick(layers: int) -> None:
+        nonlocal owed
+        owed += tokens * layers / plan.view.num_layers
+        if progress is not None:
+            progress(int(owed), "edit")
+            owed -= int(owed)
+        if stopped():
+            keeper.between(states, stopped)
+
+    return tick
+
+
+def _edit_batch(view: View, item: Pass, state: Any, batch: Batch, tick: Callable[[int], None]) -> None:
+    """Run the variants of the pass's one probe on a batch; it sees them when all are done, or none."""
+    (probe,), (setting,) = item.probes, item.settings
+    units = torch.from_numpy(setting.unit_of)[batch.sequence]
+    found = list(outcomes(view, batch, units, probe.variants(state, setting), tick))
+    for number, outcome in found:
+        if number is None and not bool(torch.isfinite(outcome.displacement).all()):
+            raise InputError(_not_finite(view))
+        probe.see_edit(state, setting, number, outcome)
 
 
 def _refuse_nan(view: View, hidden: Tensor, batch: Batch) -> None:
     if not bool(torch.isfinite(hidden[batch.mask.to(hidden.device)]).all()):
-        raise InputError(
-            f"{view.name} gives NaN or infinity on this text in {str(view.dtype).removeprefix('torch.')}; "
-            "check the weights or use float32"
-        )
+        raise InputError(_not_finite(view))
+
+
+def _not_finite(view: View) -> str:
+    dtype = str(view.dtype).removeprefix("torch.")
+    return f"{view.name} gives NaN or infinity on this text in {dtype}; check the weights or use float32"
 
 
 def _pad_id(view: View) -> int:
@@ -212,6 +259,7 @@ def stamped(rows: Iterable[Row], plan: Plan, probe: Probe) -> list[Row]:
     provenance = {
         "model": view.name,
         "revision": view.revision,
+        "step": step_of(view.revision),
         "tokens": data.num_tokens,
         "probe": probe.name,
         "dtype": str(view.dtype).removeprefix("torch."),

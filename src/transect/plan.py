@@ -8,9 +8,11 @@ import numpy as np
 from transect import memory, registry
 from transect.data import Dataset, assign, error_units
 from transect.data.hashing import keyed
+from transect.data.objective import with_targets
 from transect.data.split import FIT, SCORE, TUNE
 from transect.errors import InputError
-from transect.probes.base import Probe, Setting, SplitRule
+from transect.probes.base import Probe, Reading, Setting
+from transect.view.variants import Variant, planned_evaluations
 from transect.view.view import View
 
 SHARE = 0.6  # of the free memory that states may take; the rest is for activations, solving and saving
@@ -25,6 +27,7 @@ class Stage:
     sequences: np.ndarray
     batch_size: int
     epoch: int = 0  # of a train stage, counted from 0
+    again: bool = False  # whether these sequences were seen in an earlier stage
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,10 +36,30 @@ class Pass:
 
     probes: tuple[Probe, ...]
     settings: tuple[Setting, ...]
-    rule: SplitRule
+    data: Dataset
     stages: tuple[Stage, ...]
     bytes: int
     full_width: bool
+
+    @property
+    def edits(self) -> int:
+        """How many edited models run."""
+        return len(self._variants())
+
+    def layers_run(self) -> int:
+        """Layers that a batch runs in the edit stage, with what edited models share run once."""
+        return planned_evaluations(self._variants(), self.settings[0].view.num_layers)[0]
+
+    def _variants(self) -> tuple[Variant, ...]:
+        pairs = zip(self.probes, self.settings, strict=True)
+        return tuple(v for probe, own in pairs if len(own.edit_sequences) for v in probe.variants(None, own))
+
+    def watches(self, probe: Probe, stage: Stage) -> bool:
+        """Whether a probe looks on in a stage: one without a reading of its own sees every document once."""
+        if stage.phase == "train":
+            return stage.epoch < probe.epochs()
+        guest = probe.reading(self.settings[0].view) == Reading() and len(self.probes) > 1
+        return not (guest and stage.again)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,8 +81,15 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens that go through the model in all passes."""
-        return sum(int(self.data.lengths[s.sequences].sum()) for item in self.passes for s in item.stages)
+        """Tokens that go through the whole model in all passes, edited models with the layers they do not share."""
+        return sum(
+            int(self._stage_tokens(stage) * (item.layers_run() / self.view.num_layers if stage.phase == "edit" else 1))
+            for item in self.passes
+            for stage in item.stages
+        )
+
+    def _stage_tokens(self, stage: Stage) -> int:
+        return int(self.data.lengths[stage.sequences].sum())
 
     def lines(self) -> list[str]:
         """The plan in words."""
@@ -72,8 +102,10 @@ class Plan:
         for number, item in enumerate(self.passes, 1):
             names = ", ".join(probe.name for probe in item.probes)
             layers = sorted({layer for setting in item.settings for layer in setting.layers})
-            parts = ", ".join(f"{s.phase} {int(data.lengths[s.sequences].sum()):,}" for s in item.stages)
+            parts = ", ".join(f"{s.phase} {self._stage_tokens(s):,}" for s in item.stages)
             lines.append(f"pass {number}  {names}: layers {layers[0]}-{layers[-1]}, tokens {parts}")
+            if item.edits:
+                lines.append(f"        {item.edits:,} edited models, {item.layers_run():,} layers for each batch")
             lines.append(f"        memory for sums {memory.readable(item.bytes)}")
         parts = {"weights": self.weights, "sums": self.bytes, "one batch": self.activations}
         listed = " + ".join(f"{name} {memory.readable(size)}" for name, size in parts.items())
@@ -87,11 +119,17 @@ class Plan:
 
     @property
     def activations(self) -> int:
-        """Bytes of one batch: the stream of every layer, and the sites of the widest layer with their work space."""
+        """Bytes of one batch: the stream of every layer, and the sites of the widest layer with their work space.
+
+        With edits also the layers' outputs of two passes, and three times the logits.
+        """
         view = self.view
         layers = [sum(widths.values()) for widths in view.proof.widths]
         tokens = self.batch_size * self.data.seq_len
-        return tokens * (2 * max(layers) + (view.num_layers + 1) * view.width) * max(4, view.dtype.itemsize)
+        numbers = 2 * max(layers) + (view.num_layers + 1) * view.width
+        if any(item.edits for item in self.passes):
+            numbers += 2 * view.num_layers * view.width + 3 * view.vocab_size * view.has_head
+        return tokens * numbers * max(4, view.dtype.itemsize)
 
 
 def make(
@@ -112,13 +150,14 @@ def make(
         raise InputError(f"no probe given; known are {', '.join(registry.available('transect.probes'))}")
     if batch_size < 1:
         raise InputError(f"batch size is {batch_size}; it is 1 or more")
+    for probe in chosen:
+        if (reason := probe.refusal(view)) is not None:
+            raise InputError(f"{probe.name}: {reason}")
     _check_data(view, data)
     free = memory.available(view.device) if free is None else free
-    rules = list(dict.fromkeys(rule for probe in chosen if (rule := probe.split_rule()) is not None)) or [SplitRule()]
     passes: list[Pass] = []
-    for number, rule in enumerate(rules):
-        members = [p for p in chosen if p.split_rule() == rule or (number == 0 and p.split_rule() is None)]
-        passes += _passes(view, members, data, rule, batch_size, seed, free)
+    for reading, members in _companies(chosen, view):
+        passes += _passes(view, members, data, reading, batch_size, seed, free)
     return Plan(view, data, chosen, tuple(passes), batch_size, seed, free)
 
 
@@ -136,14 +175,49 @@ def _check_data(view: View, data: Dataset) -> None:
         raise InputError(f"sequences of {data.seq_len} tokens are longer than {view.name} takes; at most {limit}")
 
 
+def _companies(probes: tuple[Probe, ...], view: View) -> list[tuple[Reading, list[Probe]]]:
+    """Which probes share passes: those with the same reading, and guests that take any pass over the plain text.
+
+    A probe with edits goes alone, so that its layer evaluations are its own.
+    """
+    companies: list[tuple[Reading, list[Probe]]] = []
+    guests = []
+    for probe in probes:
+        reading = probe.reading(view)
+        if reading == Reading():
+            guests.append(probe)
+            continue
+        same = next((members for other, members in companies if other == reading and not reading.edit_tokens), None)
+        if same is None:
+            companies.append((reading, [probe]))
+        else:
+            same.append(probe)
+    hosts = [members for reading, members in companies if reading.observes and _plain(reading)]
+    if guests and hosts:
+        hosts[0].extend(guests)
+    elif guests:
+        companies.insert(0, (Reading(), guests))
+    return companies
+
+
+def _plain(reading: Reading) -> bool:
+    return not reading.edit_tokens and (reading.targets is None or not reading.targets.changes_input)
+
+
 def _passes(
-    view: View, probes: list[Probe], data: Dataset, rule: SplitRule, batch_size: int, seed: int, free: int
+    view: View, probes: list[Probe], data: Dataset, reading: Reading, batch_size: int, seed: int, free: int
 ) -> list[Pass]:
     units, keys, unit_name = error_units(data)
-    whole = Setting(view, tuple(range(view.num_layers)), data, units, keys, unit_name, seed)
-    stages = _stages(probes, data, rule, batch_size, seed)
+    shown = data if reading.targets is None else with_targets(data, reading.targets, view.vocab_size, seed)
+    stages = _stages(probes, data, reading, batch_size, seed)
     fitted = [stage.sequences for stage in stages if stage.phase == "fit"]
-    whole = replace(whole, fit_units=len(np.unique(units[fitted[0]])) if fitted else 0)
+    edited = [stage.sequences for stage in stages if stage.phase == "edit"]
+    whole = Setting(view, tuple(range(view.num_layers)), shown, units, keys, unit_name, seed)
+    whole = replace(
+        whole,
+        fit_units=len(np.unique(units[fitted[0]])) if fitted else 0,
+        edit_sequences=edited[0] if edited else whole.edit_sequences,
+    )
     fixed = sum(probe.memory(whole) for probe in probes if not probe.by_layer)
     room = int(SHARE * free)
     if fixed > room:
@@ -159,31 +233,42 @@ def _passes(
         settings = tuple(replace(whole, layers=group) if probe.by_layer else whole for probe in members)
         size = sum(probe.memory(setting) for probe, setting in zip(members, settings, strict=True))
         full = any(probe.wants_padding() for probe in members)
-        passes.append(Pass(members, settings, rule, stages, size, full))
+        passes.append(Pass(members, settings, shown, stages, size, full))
     return passes
 
 
-def _stages(probes: list[Probe], data: Dataset, rule: SplitRule, batch_size: int, seed: int) -> tuple[Stage, ...]:
-    """fit, tune, then the training epochs over both, then score; long sequences first."""
-    needs_split = any(probe.split_rule() is not None for probe in probes)
-    if not needs_split:
-        everything = np.argsort(-data.lengths, kind="stable")
-        return (Stage("score", everything, batch_size),)
-    part = assign(data, rule.score_fraction, rule.tune_fraction, rule.method, seed).part
-    stages = []
-    for phase, code in (("fit", FIT), ("tune", TUNE)):
-        stages.append(Stage(phase, _longest_first(data, part == code), batch_size))
-    seen = np.flatnonzero(part != SCORE)
-    for epoch in range(max(probe.epochs() for probe in probes)):
-        order = np.argsort(keyed(data.sequence_hash[seen], seed + 1 + epoch), kind="stable")
-        stages.append(Stage("train", seen[order], TRAIN_BATCH, epoch))
-    stages.append(Stage("score", _longest_first(data, part == SCORE), batch_size))
+def _stages(probes: list[Probe], data: Dataset, reading: Reading, batch_size: int, seed: int) -> tuple[Stage, ...]:
+    """fit, tune, then the training epochs over both, then score; then edits on a sample of what was scored."""
+    everything = np.arange(data.num_sequences)
+    if reading.rounds > 1:
+        canonical = everything[np.argsort(keyed(data.sequence_hash, seed), kind="stable")]
+        return Stage("fit", canonical, batch_size), Stage("score", canonical, batch_size, again=True)
+    stages, scored, rule = [], everything, reading.split
+    if rule is not None:
+        part = assign(data, rule.score_fraction, rule.tune_fraction, rule.method, seed).part
+        scored = np.flatnonzero(part == SCORE)
+        for phase, code in (("fit", FIT), ("tune", TUNE)):
+            stages.append(Stage(phase, _longest_first(data, np.flatnonzero(part == code)), batch_size))
+        seen = np.flatnonzero(part != SCORE)
+        for epoch in range(max(probe.epochs() for probe in probes)):
+            order = np.argsort(keyed(data.sequence_hash[seen], seed + 1 + epoch), kind="stable")
+            stages.append(Stage("train", seen[order], TRAIN_BATCH, epoch))
+    if reading.observes:
+        stages.append(Stage("score", _longest_first(data, scored), batch_size))
+    if reading.edit_tokens:
+        stages.append(Stage("edit", _sampled(data, scored, reading.edit_tokens, seed), batch_size))
     return tuple(stages)
 
 
-def _longest_first(data: Dataset, chosen: np.ndarray) -> np.ndarray:
-    index = np.flatnonzero(chosen)
-    return index[np.argsort(-data.lengths[index], kind="stable")]
+def _longest_first(data: Dataset, sequences: np.ndarray) -> np.ndarray:
+    return sequences[np.argsort(-data.lengths[sequences], kind="stable")]
+
+
+def _sampled(data: Dataset, sequences: np.ndarray, tokens: int, seed: int) -> np.ndarray:
+    """Whole sequences in the order of a hash of (seed, token ids), up to so many tokens, at least one."""
+    order = sequences[np.argsort(keyed(data.sequence_hash[sequences], seed), kind="stable")]
+    within = int(np.searchsorted(np.cumsum(data.lengths[order]), tokens, side="right"))
+    return _longest_first(data, order[: max(1, within)])
 
 
 def _layer_groups(probes: list[Probe], whole: Setting, room: int) -> list[tuple[int, ...]]:

@@ -97,7 +97,8 @@ def test_every_site_exists_or_has_a_reason(name):
         assert set(known.taps) | set(known.missing) == set(SITES)
         assert not set(known.taps) & set(known.missing)
         expected = {"resid", "attn_in", "heads_out", "attn_out", "ffn_in", "ffn_out", NEXT}
-        expected |= {"router_logits", "selected"} if known.sparse else {"ffn_pre", "ffn_act", "ffn_hidden"}
+        routing = {"router_logits", "selected", "selected_weights"}
+        expected |= routing if known.sparse else {"ffn_pre", "ffn_act", "ffn_hidden"}
         expected |= set() if known.parallel else {"resid_mid"}
         assert set(known.taps) == expected
 

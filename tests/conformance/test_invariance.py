@@ -11,6 +11,9 @@ import torch
 from families import FIRST_TEXT_ID, VOCAB, tiny_model
 from transect.data import Dataset, from_tokens
 from transect.measure import measure
+from transect.probes.ablation import Ablation
+from transect.probes.base import Probe
+from transect.probes.commutativity import Commutativity
 from transect.probes.jump import Jump
 from transect.probes.nonlinearity import Nonlinearity
 from transect.probes.similarity import Similarity
@@ -113,6 +116,49 @@ def test_every_fit_is_determined_so_that_there_is_a_number_to_compare(name: str)
     assert sum(row.metric == "r2_heldout" and row.value is not None for row in rows) >= 8 * 3
     with_error = ("displacement", "stream_norm", "angular_distance", "r2_heldout", "cosine_closed_form", "cka")
     assert all(row.stderr is not None for row in rows if row.metric in with_error and row.value is not None)
+
+
+# edited models
+
+
+EDITS: dict[str, Probe] = {
+    "orders": Commutativity(kinds=("adjacent", "shuffle", "repeat"), shuffles=2, sample=701, mask_id=3),
+    "parts": Ablation(methods=("zero", "noise"), parts=("ffn", "head", "layer"), residual_weights=(0.5,), mask_id=3),
+    "fits": Ablation(
+        methods=("mean", "linear", "cosine_adam", "two_linear"),
+        parts=("ffn", "attn"),
+        schedules=("from_below",),
+        sample=397,
+        mask_id=3,
+        train_epochs=1,
+    ),
+}
+
+
+@functools.cache
+def _edited(name: str, edit: str, arrangement: str | None = None) -> list[Row]:
+    """Rows of an arrangement of the text; None is one document after another."""
+    data, batch_size = from_tokens(_documents(), seq_len=SEQ_LEN), 1
+    if arrangement is not None:
+        data, batch_size = _arrangements()[arrangement]
+    return measure(_view(name, torch.float64), [EDITS[edit]], data, batch_size=batch_size).rows
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+@pytest.mark.parametrize("arrangement", _arrangements())
+def test_edited_models_are_the_same_however_the_text_is_put(name: str, edit: str, arrangement: str):
+    costs = {"layer_evaluations"}  # a number of batches
+    expected, found = (
+        [row for row in _edited(name, edit, how) if row.metric not in costs] for how in (None, arrangement)
+    )
+    assert [_without_numbers(row) for row in found] == [_without_numbers(row) for row in expected]
+    worst = max(_away(row, other) for row, other in zip(expected, found, strict=True))
+    assert worst <= TOLERANCE[torch.float64]
+    assert {row.metric for row in found} == {"loss", "loss_change", "kl", "agreement", "state_change"}
+    assert all(row.stderr is not None and row.value is not None for row in found if row.metric == "kl")
+    layers = [[row.value for row in _edited(name, edit, how) if row.metric in costs] for how in (None, arrangement)]
+    assert layers[0] == layers[1]  # per batch
 
 
 def test_another_text_gives_other_rows():

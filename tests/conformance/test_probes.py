@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+from dataclasses import asdict, fields
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import transect as tx
 from plants import text, view_of
 from transect import registry
 from transect.data import batches
-from transect.measure import _run_batch
+from transect.errors import InputError
+from transect.measure import _edit_batch, _run_batch
+from transect.plan import Pass, Stage
 from transect.probes.base import Probe
 from transect.results import Row
 
@@ -24,10 +27,13 @@ METRICS = {
     "constant_baseline rank effective_rank participation_ratio ridge",
     "similarity": "cka effective_rank participation_ratio anisotropy",
     "contribution": "mutual_information token_prediction lens_loss share_mha share_ffn",
-    "commutativity": "loss loss_change kl agreement accuracy",
-    "ablation": "loss loss_change kl agreement accuracy",
-    "routing": "load entropy dead_fraction drop_fraction co_selection type_preference influence removal_cost",
+    "commutativity": "loss loss_change kl agreement state_change layer_evaluations",
+    "ablation": "loss loss_change kl agreement state_change layer_evaluations",
+    "routing": "load entropy dead_fraction drop_fraction co_selection type_preference influence r2_heldout "
+    "removal_cost layer_evaluations",
 }
+MASK_ID = 3  # of the masked models here, which come without a tokenizer
+SPARSE = ("routing",)  # probes of sparse models only
 OPTIONS: dict[str, list[dict]] = {
     "nonlinearity": [
         {},
@@ -36,13 +42,26 @@ OPTIONS: dict[str, list[dict]] = {
     ],
     "similarity": [{}, {"sample": 31, "errors": True}],
     "jump": [{}, {"average": "zeta_then_mean", "positions": ("last_only",), "windows": False}],
+    "commutativity": [{}, {"kinds": ("mirrored", "adjacent"), "objective": "masked", "sample": 301}],
+    "ablation": [
+        {},
+        {"methods": ("zero", "noise", "mean"), "parts": ("head", "ffn_up", "attn_heads"), "residual_weights": (0.5,)},
+        {"methods": ("linear", "cosine_adam", "mse_adam", "relu_control", "two_linear"), "train_epochs": 2},
+    ],
 }
 CASES = [(name, options) for name in NAMES for options in OPTIONS.get(name, [{}])]
 IDS = [f"{name}-{number}" for name in NAMES for number in range(len(OPTIONS.get(name, [{}])))]
 
 
 def probe_of(name: str, options: dict | None = None) -> Probe:
-    return registry.load("transect.probes", name, Probe)(**(options or {}))
+    kind = registry.load("transect.probes", name, Probe)
+    known = {field.name for field in fields(kind)}
+    return kind(**({"mask_id": MASK_ID} if "mask_id" in known else {}) | (options or {}))
+
+
+def suited(name: str, family: str) -> str:
+    """The family itself, or a sparse one for a probe that takes no others."""
+    return "mixtral" if name in SPARSE else family
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,8 +79,14 @@ def test_says_what_it_is(name: str):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_are_rows_of_this_probe(name: str, family: str):
-    view, data = view_of(family, torch.float32), text(47)
-    first, second = (tx.measure(view, [name], data, batch_size=7) for _ in range(2))
+    view, data, probe = view_of(family, torch.float32), text(47), probe_of(name)
+    if (reason := probe.refusal(view)) is not None:
+        assert name in SPARSE and family != "mixtral"
+        with pytest.raises(InputError, match=f"^{name}: {reason}$"):
+            tx.measure(view, [probe], data)
+        assert "\n" not in reason
+        return
+    first, second = (tx.measure(view, [probe], data, batch_size=7) for _ in range(2))
     assert first.rows == second.rows
     assert len(first) > 0
     for row in first:
@@ -75,9 +100,18 @@ def test_rows_are_rows_of_this_probe(name: str, family: str):
             assert row.n is not None and row.n > 0 and row.documents > 0
         if row.stderr is not None:
             assert row.stderr >= 0 and row.low <= row.high
-    keys = [(r.metric, r.layer, r.layer_to, r.site, r.element, r.variant, r.split) for r in first]
+        assert all(type(value) in (int, float, str, type(None)) for value in asdict(row).values())  # a file takes them
+    keys = [(r.metric, r.layer, r.layer_to, r.site, r.element, r.part, r.edit, r.variant, r.split) for r in first]
     assert len(set(keys)) == len(keys)  # no two rows stand for the same thing
     assert any(row.value is not None for row in first)
+
+
+def carried_out(plan, item: Pass, stage: Stage, state, batch) -> None:
+    """One batch as the driver puts it to the pass's one probe."""
+    if stage.phase == "edit":
+        _edit_batch(plan.view, item, state, batch, lambda layers: None)
+    else:
+        _run_batch(plan.view, item, stage, [state], batch)
 
 
 def stopped_everywhere(plan, stop: bool) -> list[Row]:
@@ -95,9 +129,9 @@ def stopped_everywhere(plan, stop: bool) -> list[Row]:
         return probe.start(setting, torch.load(file, weights_only=True))
 
     for stage in item.stages:
-        for batch in batches(plan.data, stage.sequences, stage.batch_size, 0, item.full_width):
+        for batch in batches(item.data, stage.sequences, stage.batch_size, 0, item.full_width):
             state = through_a_file(state)
-            _run_batch(plan.view, item, stage, [state], batch)
+            carried_out(plan, item, stage, state, batch)
             state = through_a_file(state)
         probe.turn(state, setting, stage.phase)
         state = through_a_file(state)
@@ -107,40 +141,60 @@ def stopped_everywhere(plan, stop: bool) -> list[Row]:
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 def test_a_stop_between_any_two_batches_changes_no_bit(name: str, options: dict, family: str):
-    plan = tx.plan(view_of(family, torch.float32), [probe_of(name, options)], text(47), batch_size=11)
+    view = view_of(suited(name, family), torch.float32)
+    plan = tx.plan(view, [probe_of(name, options)], text(47), batch_size=11)
     whole, parted = stopped_everywhere(plan, False), stopped_everywhere(plan, True)
     assert whole == parted
     assert any(row.value is not None for row in whole)
 
 
-@pytest.mark.parametrize("after", [1, 5, 8])
-def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_rows(after: int, tmp_path):
-    view, data = view_of("gpt2"), text(47)
-    whole = tx.measure(view, list(NAMES), data, batch_size=11)
-    calls = []
+FEW_EDITS = {
+    "ablation": {"methods": ("zero", "mean"), "schedules": ("single",), "sample": 157},
+    "commutativity": {"kinds": ("pairs",), "sample": 157},
+    "routing": {"removal_sample": 157},
+}
 
-    def stop(tokens: int, phase: str) -> None:
-        calls.append(phase)
-        if len(calls) == after:
+
+class _Stop:
+    """Interrupts at the nth call that tells of progress, and remembers what was being done."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.calls: list[str] = []
+
+    def __call__(self, tokens: int, phase: str) -> None:
+        self.calls.append(phase)
+        if len(self.calls) == self.after:
             os.kill(os.getpid(), signal.SIGINT)
 
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.4, 0.6, 0.8, 0.97])
+def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_rows(share: float, tmp_path):
+    """Between any two batches, and between two edited models of one batch."""
+    view, data = view_of("mixtral"), text(47)
+    probes = [probe_of(name, FEW_EDITS.get(name)) for name in NAMES]
+    counted = _Stop(-1)
+    whole = tx.measure(view, probes, data, batch_size=11, progress=counted)
+    assert {"fit", "tune", "score", "edit"} <= set(counted.calls)
+    stop = _Stop(1 + int(share * (len(counted.calls) - 1)))
+    output = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        tx.measure(view, list(NAMES), data, batch_size=11, output=str(tmp_path / "run"), progress=stop)
-    assert len(calls) == after and (tmp_path / "run" / "state.pt").is_file()
-    resumed = tx.measure(view, list(NAMES), data, batch_size=11, output=str(tmp_path / "run"), resume=True)
+        tx.measure(view, probes, data, batch_size=11, output=str(output), progress=stop)
+    assert len(stop.calls) == stop.after and (output / "state.pt").is_file()
+    resumed = tx.measure(view, probes, data, batch_size=11, output=str(output), resume=True)
     assert resumed.rows == whole.rows
-    assert tx.Table.read(tmp_path / "run").rows == whole.rows
-    assert not (tmp_path / "run" / "state.pt").exists()
+    assert tx.Table.read(output).rows == whole.rows
+    assert not (output / "state.pt").exists()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_asked_for_covers_the_state(name: str):
-    plan = tx.plan(view_of("gpt2"), [name], text(47))
+    plan = tx.plan(view_of(suited(name, "gpt2")), [probe_of(name)], text(47))
     item = plan.passes[0]
     state = item.probes[0].start(item.settings[0], None)
     for stage in item.stages:
-        for batch in batches(plan.data, stage.sequences, stage.batch_size, 0, item.full_width):
-            _run_batch(plan.view, item, stage, [state], batch)
+        for batch in batches(item.data, stage.sequences, stage.batch_size, 0, item.full_width):
+            carried_out(plan, item, stage, state, batch)
         item.probes[0].turn(state, item.settings[0], stage.phase)
     file = io.BytesIO()
     torch.save(state.pack(), file)

@@ -39,6 +39,27 @@ WRONG_OPTIONS: dict[str, tuple[list[object], tuple[str, ...]]] = {
     "value that is not allowed": (["--set", "nonlinearity.split=random"], ("split", "'random'", "ordered")),
     "value out of range": (["--set", "similarity.sample=1"], ("sample is 1", "two")),
     "layer that zeta cannot start from": (["--set", "jump.zeta_from=[1]"], ("zeta_from 1", "2 to 3")),
+    "unknown kind of order": (["--probe", "commutativity", "--set", "commutativity.kinds=[turn]"], ("'turn'", "pairs")),
+    "more layers fixed than there are": (
+        ["--probe", "commutativity", "--set", "commutativity.fixed=[4]"],
+        ("4 layers cannot be fixed", "has 3"),
+    ),
+    "no sample of orders": (["--probe", "commutativity", "--set", "commutativity.sample=0"], ("sample is 0",)),
+    "no shuffle": (["--probe", "commutativity", "--set", "commutativity.shuffles=0"], ("shuffles is 0",)),
+    "unknown objective": (["--probe", "commutativity", "--set", "commutativity.objective=next"], ("'next'", "causal")),
+    "unknown part": (["--probe", "ablation", "--set", "ablation.parts=[mlp]"], ("'mlp'", "ffn, ffn_up")),
+    "unknown method": (["--probe", "ablation", "--set", "ablation.methods=[cut]"], ("'cut'", "zero, noise")),
+    "unknown schedule": (["--probe", "ablation", "--set", "ablation.schedules=[up]"], ("'up'", "from_below")),
+    "no sample of parts": (["--probe", "ablation", "--set", "ablation.sample=0"], ("sample",)),
+    "rate of masks out of range": (["--probe", "ablation", "--set", "ablation.mask_rate=1"], ("mask_rate is 1",)),
+    "masked without a mask token": (
+        ["--probe", "ablation", "--set", "ablation.objective=masked"],
+        ("no tokenizer names its mask token", "--set ablation.mask_id=ID"),
+    ),
+    "mask token out of range": (
+        ["--probe", "ablation", "--set", "ablation.objective=masked", "--set", f"ablation.mask_id={VOCAB}"],
+        (f"mask_id {VOCAB} is out of range", f"0 to {VOCAB - 1}"),
+    ),
     "setting without a value": (["--set", "nonlinearity.ridge"], ("probe.option=value",)),
     "value that is not YAML": (["--set", "jump.positions=[all"], ("'[all'", "list")),
     "setting of a probe not measured": (["--probe", "jump", "--set", "similarity.sample=9"], ("'similarity'", "jump")),
@@ -61,6 +82,23 @@ def test_options_that_do_not_fit(case: str, model: Path, tokens: Path, tmp_path:
     arguments = ["--tokens", tokens, "--seq-len", 23, *options, "--output", output]
     _assert_refused(command("measure", model, *arguments), *words)
     assert contents(tmp_path) == set()
+
+
+def test_models_that_cannot_be_edited_so(tokens: Path, tmp_path: Path):
+    looped = saved_model(tmp_path / "looped", "albert/two_inner")
+    shared = saved_model(tmp_path / "shared", "albert")
+    arguments = ["--tokens", tokens, "--seq-len", 23, "--output", tmp_path / "run"]
+
+    def refused(folder: Path, probe: str, *settings: str) -> Outcome:
+        given = [word for setting in (*settings, "mask_id=3") for word in ("--set", f"{probe}.{setting}")]
+        return command("measure", folder, *arguments, "--probe", probe, *given)
+
+    _assert_refused(refused(looped, "commutativity"), "commutativity: looped", "in a loop")
+    _assert_refused(refused(looped, "ablation"), "ablation: looped", "in a loop", "ablation.parts=[ffn, attn]")
+    _assert_refused(
+        refused(shared, "ablation", "methods=[noise]", "parts=[ffn]"), "of shared shares its weights"
+    )
+    assert contents(tmp_path / "run") == set()
 
 
 def test_the_same_command_without_the_mistake_is_carried_out(model: Path, tokens: Path, tmp_path: Path):

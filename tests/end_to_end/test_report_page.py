@@ -33,7 +33,21 @@ def rows() -> Iterator[Row]:
         for end in range(layer, LAYERS):
             alike = math.exp(layer - end)
             yield Row(probe="similarity", metric="cka", value=alike, unit="1", layer=layer, layer_to=end)
+    yield from edited()
     yield Row(probe="jump", metric="jump_rate", value=None, reason="no layer before the first", unit="%", layer=0)
+
+
+def edited() -> Iterator[Row]:
+    """A row without a layer, edits, small multiples, and a probe that was followed over training."""
+    share = {"low": 0.3, "high": 0.5, "stderr": 0.05}
+    yield Row(probe="contribution", metric="share_mha", value=0.4, unit="1", variant="MI", **share)
+    for j in (1, 2):
+        swap = {"layer": 0, "layer_to": j, "variant": "pairs", "edit": f"swap 0,{j}"}
+        yield Row(probe="commutativity", metric="loss_change", value=0.3 * j, unit="nats", **swap)
+    for part in ("0,1", "0,2", "1,2"):
+        yield Row(probe="routing", metric="co_selection", value=0.2, unit="1", layer=1, part=part)
+    for step in (1, 2, 3):
+        yield Row(probe="routing", metric="entropy", value=0.9 / step, unit="1", layer=1, step=step)
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +96,20 @@ def test_page_draws_every_figure_and_says_nothing_to_the_console(browser, writte
     assert browser.get_log("browser") == []
     places = browser.execute_script("return document.querySelectorAll('.plot').length")
     drawn = browser.execute_script("return document.querySelectorAll('.plot svg.marks').length")
-    assert places == drawn == (len(written) - 1) // 2 == 6
+    assert places == drawn == (len(written) - 1) // 2 == 13
     script = """
-    const marks = '.mark-line path, .mark-rect path';
+    const marks = '.mark-line path, .mark-rect path, .mark-symbol path';
     return [...document.querySelectorAll('.plot')].filter((plot) => !plot.querySelector(marks)).map((plot) => plot.id);
     """
     assert browser.execute_script(script) == []
+
+
+def test_figures_of_a_followed_probe_show_the_last_step_and_all_of_them(browser):
+    script = """
+    const points = (id) => document.querySelectorAll(`#${id} .mark-symbol path[aria-roledescription=point]`).length;
+    return [points('routing_entropy'), points('routing_training_entropy')];
+    """
+    assert browser.execute_script(script) == [1, 3]
 
 
 def test_page_fits_its_window(browser):

@@ -17,6 +17,9 @@ from shell import ENVIRONMENT, command, contents, saved_model, saved_tokens
 from transect.errors import InputError
 from transect.measure import run
 from transect.plan import SHARE, Plan, make
+from transect.probes.ablation import Ablation
+from transect.probes.base import Probe
+from transect.probes.commutativity import Commutativity
 from transect.probes.jump import Jump
 from transect.probes.nonlinearity import Nonlinearity
 from transect.probes.similarity import Similarity
@@ -192,11 +195,11 @@ def _interrupted(plan: Plan, output: Path, after: int) -> Path:
     return output
 
 
-def _in_pieces(plans: list[Plan], output: Path, seed: int) -> int:
+def _in_pieces(plans: list[Plan], output: Path, seed: int, most: int = 9) -> int:
     """Interrupt a run after random numbers of batches until it is done; every start uses the next plan."""
     chance, starts = random.Random(seed), 0
     while not (output / "rows.parquet").is_file():
-        _interrupted(plans[starts % len(plans)], output, chance.randrange(2, 9))
+        _interrupted(plans[starts % len(plans)], output, chance.randrange(2, most))
         starts += 1
         assert starts < 100, "the run makes no headway"
     return starts
@@ -215,6 +218,44 @@ def test_a_trained_approximator_goes_on_bit_by_bit(objective: str, tmp_path: Pat
     run(plan, str(tmp_path / "whole"))
     assert _in_pieces([plan], tmp_path / "run", 3) > 3
     _assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("always_saving")
+@pytest.mark.parametrize("probe", [
+    Commutativity(kinds=("pairs", "shuffle"), shuffles=2, sample=997),
+    Ablation(methods=("zero", "noise", "linear", "two_linear"), parts=("ffn", "layer"), sample=397, train_epochs=1),
+], ids=lambda probe: probe.name)  # fmt: skip
+def test_edited_models_go_on_bit_by_bit(probe: Probe, tmp_path: Path):
+    """Stopped between two batches and between two edited models of a batch, whose outcomes are then made again."""
+    plan = make(view_of("gpt2", layers=3), [probe], text(documents=97), 7)
+    told: list[str] = []
+    run(plan, str(tmp_path / "whole"), progress=lambda tokens, phase: told.append(phase))
+    batches = -(-len(plan.passes[0].stages[-1].sequences) // 7)
+    assert batches > 3 and told.count("edit") > 7 * batches  # there are stops within a batch
+    most = 2 * told.count("edit") // batches
+    assert _in_pieces([plan], tmp_path / "run", 3, most) > 3
+    _assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("after", [1, 2, 11, 17])
+def test_ctrl_c_within_a_batch_of_edited_models_saves_what_was_before_it(after: int, tmp_path: Path):
+    plan = make(view_of("gpt2", layers=3), [Commutativity(kinds=("pairs", "repeat"))], text(), 31)
+    told: list[int] = []
+
+    def interrupt(tokens: int, phase: str) -> None:
+        told.append(tokens)
+        if len(told) == after:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, str(tmp_path / "run"), progress=interrupt)
+    assert len(told) == after and _place(tmp_path / "run") == (0, 0, (after - 1) // 7)  # 7 models a batch
+    again: list[int] = []
+    run(plan, str(tmp_path / "run"), resume=True, progress=lambda tokens, phase: again.append(tokens))
+    run(plan, str(tmp_path / "whole"))
+    _assert_same(tmp_path / "run", tmp_path / "whole")
+    batches = -(-text().num_sequences // 31)
+    assert len(again) == 7 * (batches - (after - 1) // 7)
 
 
 def _small(share: float) -> Plan:

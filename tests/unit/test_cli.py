@@ -11,12 +11,15 @@ from transformers import PreTrainedTokenizerFast
 from families import VOCAB
 from plants import view_of
 from shell import command, saved_model, saved_tokens
+from transect import registry
 from transect.catalog import KINDS, MODELS
 from transect.metrics.declare import METRICS
+from transect.probes.base import Probe
 from transect.results import Table
 from transect.view.sites import ELEMENTS, SITES
 
-PROBES = ("jump", "nonlinearity", "similarity")
+PROBES = registry.available("transect.probes")
+CHEAP = [name for name in PROBES if not registry.load("transect.probes", name, Probe).costly]
 WIDTH = 80
 
 
@@ -108,8 +111,39 @@ def test_measure_prints_a_table_for_each_probe(model: Path, tokens: Path, tmp_pa
     table = Table.read(tmp_path / "run")
     value = table.where(metric="displacement", layer=1, variant="pre_norm/all").rows[0].value
     assert f"{value:.4g}" in said
-    assert {row.probe for row in table} == set(PROBES)
+    assert {row.probe for row in table} == set(CHEAP) and {"ablation", "commutativity"} <= set(PROBES) - set(CHEAP)
     assert {row.model for row in table} == {"letters"}
+
+
+SMALL = ["--set", "ablation.sample=99", "--set", "commutativity.sample=99", "--set", "routing.removal_sample=99"]
+
+
+def test_all_probes_are_measured_when_asked_for(tokens: Path, tmp_path: Path):
+    sparse = saved_model(tmp_path / "sparse", "mixtral")
+    arguments = ["--tokens", tokens, "--seq-len", 23, "--probe", "all", "--dtype", "float64"]
+    said = _said("measure", sparse, *arguments, *SMALL, "--output", tmp_path / "run")
+    assert all(f"\n{name}: " in said for name in PROBES), said
+    assert {row.probe for row in Table.read(tmp_path / "run")} == set(PROBES)
+    dense = saved_model(tmp_path / "dense")
+    said = _said("measure", dense, *arguments, *SMALL, "--output", tmp_path / "other")
+    assert "note    routing is left out: no layer of dense has a sparse FFN" in said
+    assert {row.probe for row in Table.read(tmp_path / "other")} == set(PROBES) - {"routing"}
+    asked = command("measure", dense, *arguments, "--probe", "routing")
+    assert (
+        asked.code == 2 and asked.err.startswith("transect: routing: no layer of dense") and asked.err.count("\n") == 1
+    )
+
+
+def test_a_cheap_probe_that_does_not_suit_the_model_is_left_out_with_a_word(tokens: Path, tmp_path: Path):
+    masked = saved_model(tmp_path / "masked", "bert")
+    arguments = ["measure", masked, "--tokens", tokens, "--seq-len", 23]
+    said = _said(*arguments, "--output", tmp_path / "run")
+    assert "note    contribution is left out: masked is asked for masked tokens" in said
+    assert {row.probe for row in Table.read(tmp_path / "run")} == set(CHEAP) - {"contribution"}
+    asked = command(*arguments, "--probe", "contribution")
+    assert asked.code == 2 and "--set contribution.mask_id=ID" in asked.err and asked.err.count("\n") == 1
+    with_id = _said(*arguments, "--set", "contribution.mask_id=3")
+    assert "left out" not in with_id and "\ncontribution: " in with_id
 
 
 def test_options_reach_the_probe(model: Path, tokens: Path, tmp_path: Path):

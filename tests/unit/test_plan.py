@@ -10,9 +10,13 @@ from families import FAMILIES
 from plants import built, text, view_of
 from shell import command, contents, saved_model, saved_tokens
 from transect import memory
+from transect.data.objective import Objective
 from transect.errors import InputError
 from transect.measure import run
 from transect.plan import SHARE, Plan, make
+from transect.probes.ablation import Ablation
+from transect.probes.base import Probe, Reading
+from transect.probes.commutativity import Commutativity
 from transect.probes.jump import Jump
 from transect.probes.nonlinearity import Nonlinearity
 from transect.probes.similarity import Similarity
@@ -124,9 +128,81 @@ def test_the_estimate_of_the_others_is_enough_and_not_wasteful(probe: Jump | Sim
 def test_probes_with_other_splits_take_passes_of_their_own():
     plan = _plan(None, (Jump(), Nonlinearity(score_fraction=0.3), Nonlinearity()))
     assert [[probe.name for probe in item.probes] for item in plan.passes] == [
-        ["jump", "nonlinearity"],
+        ["nonlinearity", "jump"],
         ["nonlinearity"],
     ]
+
+
+def _companies(*probes: Probe, name: str = "gpt2") -> list[list[str]]:
+    return [[type(p).__name__ for p in item.probes] for item in make(view_of(name), probes, text(), 7).passes]
+
+
+class _Twice(Jump):
+    """Goes through the text in two rounds."""
+
+    def reading(self, view):
+        return Reading(rounds=2, targets=Objective(kind="causal"))
+
+
+class _Masked(Jump):
+    """Looks into the model while it reads masked text."""
+
+    def reading(self, view):
+        return Reading(targets=Objective(kind="masked", mask_id=3))
+
+
+def test_probes_with_edits_go_alone():
+    orders, parts = Commutativity(), Ablation(methods=("mean",))
+    assert _companies(orders, Jump(), parts, Similarity(), Nonlinearity(), Commutativity()) == [
+        ["Commutativity"],
+        ["Ablation"],
+        ["Nonlinearity", "Jump", "Similarity"],
+        ["Commutativity"],
+    ]
+    assert _companies(orders, Jump(), Similarity()) == [["Jump", "Similarity"], ["Commutativity"]]
+    assert _companies(_Twice(), Jump(), _Twice()) == [["_Twice", "_Twice", "Jump"]]
+
+
+def test_plain_text_is_not_measured_on_masked_text():
+    assert _companies(_Masked(), Jump()) == [["Jump"], ["_Masked"]]
+    (plain, masked) = make(view_of("gpt2"), (_Masked(), Jump()), text(), 7).passes
+    assert np.array_equal(plain.data.ids, text().ids) and not np.array_equal(masked.data.ids, text().ids)
+    assert plain.data.target is None and masked.data.target is not None
+
+
+def test_a_guest_of_two_rounds_sees_every_token_once():
+    twice, guest = (run(make(view_of("gpt2"), probes, text(), 7)) for probes in ((_Twice(),), (_Twice(), Jump())))
+    alone = run(make(view_of("gpt2"), (Jump(),), text(), 7))
+    rows = guest.rows[len(twice) :]
+    assert len(rows) == len(alone)
+    for row, other, host in zip(rows, alone, twice, strict=True):
+        assert (row.metric, row.n) == (other.metric, other.n) and 2 * row.n == host.n
+        assert row.value == pytest.approx(other.value, rel=1e-12, abs=1e-12)
+    stages = make(view_of("gpt2"), (_Twice(), Jump()), text(), 7).passes[0].stages
+    assert [(stage.phase, stage.again) for stage in stages] == [("fit", False), ("score", True)]
+    assert list(stages[0].sequences) == list(stages[1].sequences)
+
+
+def test_edits_are_made_on_a_sample_of_what_is_scored():
+    def phases(probe: Probe) -> dict[str, list[int]]:
+        (item,) = make(view_of("gpt2"), (probe,), text(), 7).passes
+        for setting in item.settings:
+            assert list(setting.edit_sequences) == list(item.stages[-1].sequences)
+        return {stage.phase: stage.sequences.tolist() for stage in item.stages}
+
+    everything = set(range(text().num_sequences))
+    whole = phases(Commutativity(sample=10**6))
+    assert list(whole) == ["edit"] and set(whole["edit"]) == everything
+    fitted = phases(Ablation(methods=("zero", "linear"), sample=10**6))
+    assert list(fitted) == ["fit", "tune", "edit"]
+    assert set(fitted["edit"]) == everything - set(fitted["fit"]) - set(fitted["tune"])
+    trained = Ablation(methods=("mse_adam",), train_epochs=2)
+    assert [s.phase for s in make(view_of("gpt2"), (trained,), text(), 7).passes[0].stages] == [
+        "fit", "tune", "train", "train", "train", "edit",
+    ]  # fmt: skip
+    few = phases(Ablation(methods=("zero", "linear"), sample=53))["edit"]
+    assert set(few) < set(fitted["edit"]) and 53 - 13 < text().lengths[few].sum() <= 53
+    assert len(phases(Commutativity(sample=1))["edit"]) == 1
 
 
 def test_training_adds_its_epochs():
@@ -142,7 +218,7 @@ def test_the_plan_in_words():
     for words in (
         "5 layers, width 40",
         "61 documents",
-        "pass 1  similarity, nonlinearity, jump: layers 0-4",
+        "pass 1  nonlinearity, similarity, jump: layers 0-4",
         "tune",
         "free",
     ):
@@ -150,7 +226,7 @@ def test_the_plan_in_words():
 
 
 def test_nothing_to_do_is_refused():
-    with pytest.raises(InputError, match="no probe given; known are jump"):
+    with pytest.raises(InputError, match="no probe given; known are ablation"):
         _plan(None, ())
     with pytest.raises(InputError, match="unknown probe 'jmp'"):
         _plan(None, ("jmp",))
@@ -162,7 +238,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch: pyt
     before = contents(tmp_path)
     dry = command("measure", model, "--tokens", tokens, "--seq-len", 23, "--output", tmp_path / "run", "--dry-run")
     assert (dry.code, dry.err) == (0, "")
-    for words in ("pass 1  jump, nonlinearity, similarity: layers 0-2", "1,403 tokens", "memory"):
+    for words in ("pass 1  ", "jump, similarity: layers 0-2", "nonlinearity: layers 0-2", "1,403 tokens", "memory"):
         assert words in dry.out, dry.out
     assert contents(tmp_path) == before and not (tmp_path / "run").exists()
 

@@ -18,6 +18,8 @@ class Batch:
     mask: torch.Tensor  # [batch, positions] bool, True = real token
     special: torch.Tensor  # [batch, positions] bool
     sequence: torch.Tensor  # [batch] int64 index of the sequence in the dataset
+    token: torch.Tensor  # [batch, positions] int64 index of each token in the dataset, that of the first in padding
+    target: torch.Tensor | None = None  # [batch, positions] int64, -1 = none; of a dataset with targets
 
 
 def batches(
@@ -35,21 +37,40 @@ def batches(
             mask=torch.from_numpy(mask),
             special=torch.from_numpy(dataset.special[index] & mask),
             sequence=torch.from_numpy(chosen),
+            token=torch.from_numpy(index),
+            target=None if dataset.target is None else torch.from_numpy(_targets(dataset.target, index, mask)),
         )
 
 
-def sample_tokens(dataset: Dataset, count: int, seed: int = 0) -> np.ndarray:
-    """[min(count, tokens)] int64 indices into `dataset.ids` with the smallest hash of (seed, document, position).
+def _targets(target: np.ndarray, index: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return np.where(mask, target[index].astype(np.int64), -1)
 
-    They come in the order of that hash, so neither the choice nor its order depends on the documents' order.
-    """
+
+def token_keys(dataset: Dataset, seed: int) -> np.ndarray:
+    """[tokens] uint64 hash of (seed, document, position), which does not depend on the documents' order."""
+    return _keys_and_places(dataset, seed)[0]
+
+
+def _keys_and_places(dataset: Dataset, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     sizes = np.bincount(dataset.document, weights=dataset.lengths, minlength=dataset.num_documents).astype(np.int64)
     position = np.arange(dataset.num_tokens) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     document = np.repeat(dataset.document_hash, sizes)
     start = splitmix64(np.array([seed % 2**64], dtype=np.uint64))
-    hashes = splitmix64(splitmix64(document ^ start) ^ position.astype(np.uint64))
-    count = min(count, dataset.num_tokens)
-    border = np.partition(hashes, count - 1)[count - 1]
-    chosen = np.flatnonzero(hashes <= border)
+    return splitmix64(splitmix64(document ^ start) ^ position.astype(np.uint64)), document, position
+
+
+def sample_tokens(dataset: Dataset, count: int, seed: int = 0, among: np.ndarray | None = None) -> np.ndarray:
+    """[min(count, tokens)] int64 indices into `dataset.ids` with the smallest hash of (seed, document, position).
+
+    They come in the order of that hash, so neither the choice nor its order depends on the documents' order. `among`
+    [tokens] bool leaves only some tokens to choose from.
+    """
+    hashes, document, position = _keys_and_places(dataset, seed)
+    open_to = np.arange(dataset.num_tokens) if among is None else np.flatnonzero(among)
+    count = min(count, len(open_to))
+    if not count:
+        return open_to
+    border = np.partition(hashes[open_to], count - 1)[count - 1]
+    chosen = open_to[hashes[open_to] <= border]
     order = np.lexsort((position[chosen], document[chosen], hashes[chosen]))
     return chosen[order][:count]

@@ -22,6 +22,7 @@ class Dataset:
     seq_len: int
     name: str  # what the text is, in words
     builtin: bool = False
+    target: np.ndarray | None = None  # [tokens] int32 the token each position is asked for, -1 none; see `objective`
 
     @property
     def num_tokens(self) -> int:

@@ -17,14 +17,16 @@ class Approximator:
         self.objective = objective
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
-        self.adam = torch.optim.Adam([self.weight, self.bias], lr=LEARNING_RATE)
+        self.adam = torch.optim.Adam(self._parameters(), lr=LEARNING_RATE)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [self.weight, self.bias]
 
     @classmethod
     def truncated_normal(cls, objective: str, sizes: tuple[int, int], like: Tensor, seed: int) -> "Approximator":
         """W truncated normal with std 0.02, b = 0, as in the paper's code."""
-        weight = torch.empty(sizes, dtype=like.dtype)
-        nn.init.trunc_normal_(weight, std=STD, a=-2 * STD, b=2 * STD, generator=torch.Generator().manual_seed(seed))
-        return cls(objective, weight.to(like.device), torch.zeros(sizes[1], dtype=like.dtype, device=like.device))
+        weight = _truncated(sizes, like, torch.Generator().manual_seed(seed))
+        return cls(objective, weight, torch.zeros(sizes[1], dtype=like.dtype, device=like.device))
 
     def __call__(self, x: Tensor) -> Tensor:
         """y* [tokens, e] for x [tokens, d]."""
@@ -53,3 +55,44 @@ class Approximator:
         twin = cls(objective, packed["weight"], packed["bias"])
         twin.adam.load_state_dict(packed["adam"])
         return twin
+
+
+class TwoLinear(Approximator):
+    """Two linear maps in a row, d -> 4 d -> e, without a non-linearity between them; trained on the cosine."""
+
+    def __init__(self, first: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor) -> None:
+        self.first = [nn.Parameter(tensor) for tensor in first]
+        super().__init__("cosine_adam", weight, bias)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [*self.first, self.weight, self.bias]
+
+    @classmethod
+    def fresh(cls, sizes: tuple[int, int], like: Tensor, seed: int) -> "TwoLinear":
+        """Both maps truncated normal with std 0.02, biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        wide = 4 * sizes[0]
+        empty = {"dtype": like.dtype, "device": like.device}
+        first = _truncated((sizes[0], wide), like, generator), torch.zeros(wide, **empty)
+        return cls(first, _truncated((wide, sizes[1]), like, generator), torch.zeros(sizes[1], **empty))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y* [tokens, e] for x [tokens, d]."""
+        return super().__call__(torch.addmm(self.first[1], x, self.first[0]))
+
+    def pack(self) -> dict:
+        """Plain tensors and numbers."""
+        return super().pack() | {"first": [tensor.detach() for tensor in self.first]}
+
+    @classmethod
+    def unpack(cls, objective: str, packed: dict[str, Any]) -> "TwoLinear":
+        """Take up what `pack` gave; the objective is always the cosine."""
+        twin = cls(tuple(packed["first"]), packed["weight"], packed["bias"])
+        twin.adam.load_state_dict(packed["adam"])
+        return twin
+
+
+def _truncated(sizes: tuple[int, int], like: Tensor, generator: torch.Generator) -> Tensor:
+    weight = torch.empty(sizes, dtype=like.dtype)
+    nn.init.trunc_normal_(weight, std=STD, a=-2 * STD, b=2 * STD, generator=generator)
+    return weight.to(like.device)

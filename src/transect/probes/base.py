@@ -1,4 +1,4 @@
-"""Probe: a measurement. Which sites it reads, what it adds up, which rows come out."""
+"""Probe: a measurement. Which sites it reads, which edits it makes, what it adds up, which rows come out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from transect.data import Dataset
+from transect.data.objective import Objective
 from transect.results import Row
 from transect.view.capture import Seen
+from transect.view.variants import Variant
 from transect.view.view import View
 
-PHASES = ("fit", "tune", "train", "score")
+PHASES = ("fit", "tune", "train", "score", "edit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,40 @@ class SplitRule:
     score_fraction: float = 0.25
     tune_fraction: float = 0.125
     method: Literal["hash", "ordered"] = "hash"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How a probe goes through the text; probes with the same reading share every forward pass.
+
+    `split`: fit and tune on other documents than those scored. `rounds` 2: every document comes in phase `fit` and
+    again in phase `score`, in an order that follows from the tokens alone. `targets`: what each position is asked for.
+    `edit_tokens`: on how much of the text (of the scored part, with a split) edited models are run, in whole sequences;
+    0 for a probe without edits. `observes`: whether the unedited model is looked into at all.
+    """
+
+    split: SplitRule | None = None
+    rounds: int = 1
+    targets: Objective | None = None
+    edit_tokens: int = 0
+    observes: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What one model, edited or not, made of one batch, against the unedited model on the same tokens.
+
+    Losses in nats; `agree` says that the most probable token is the same; all three are those of positions with a
+    target, None for a model without a head. `displacement` is (1 - cos)/2 of each real token's last hidden state.
+    """
+
+    loss: Tensor | None  # [targets]
+    kl: Tensor | None  # [targets] KL(intact || edited)
+    agree: Tensor | None  # [targets] 0 or 1
+    displacement: Tensor  # [tokens]
+    target_unit: Tensor  # [targets] error unit
+    token_unit: Tensor  # [tokens] error unit
+    layers_run: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +74,7 @@ class Setting:
     unit_name: str
     seed: int
     fit_units: int = 0  # units among the fit documents
+    edit_sequences: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @property
     def units(self) -> int:
@@ -55,6 +92,8 @@ class Sight:
     special: Tensor  # [batch, positions] bool
     sequence: Tensor  # [batch] index of each sequence in the dataset
     unit: Tensor  # [batch] error unit of each sequence
+    token: Tensor  # [batch, positions] index of each token in the dataset
+    target: Tensor | None = None  # [batch, positions] the token asked for, -1 none; for a probe that reads targets
     scratch: dict[Any, Any] = field(default_factory=dict)  # lives as long as the batch
 
     def rows(self, tensor: Tensor, chosen: Tensor | None = None) -> Tensor:
@@ -91,15 +130,20 @@ class Probe(ABC):
     title: ClassVar[str]
     source: ClassVar[str]
     by_layer: ClassVar[bool] = False  # whether layers can be measured in different passes
+    costly: ClassVar[bool] = False  # whether it runs the model many times, and only when asked for by name
 
     @property
     def name(self) -> str:
         """The probe's public name: its file's name."""
         return type(self).__module__.rpartition(".")[2]
 
-    def split_rule(self) -> SplitRule | None:
-        """How documents must be divided; None when it does not matter."""
+    def refusal(self, view: View) -> str | None:
+        """Why this model cannot be measured with it; None when it can."""
         return None
+
+    def reading(self, view: View) -> Reading:
+        """How it goes through the text; by default once, in any order, with whatever other probes share the pass."""
+        return Reading()
 
     def epochs(self) -> int:
         """How many extra passes over the fit and tune documents come before the score documents."""
@@ -109,24 +153,37 @@ class Probe(ABC):
         """Whether sequences must be padded to full length."""
         return False
 
-    @abstractmethod
     def sites(self, view: View, layer: int) -> tuple[str, ...]:
         """The sites of a layer it reads."""
+        return ()
 
     @abstractmethod
     def memory(self, setting: Setting) -> int:
         """Bytes its state takes at the most."""
 
+    def work(self, setting: Setting) -> float:
+        """Floating-point operations beyond the model's own, for the time that a plan foretells; rough is enough."""
+        return 0.0
+
     @abstractmethod
     def start(self, setting: Setting, packed: dict | None) -> State:
         """A fresh state, or the one a file holds."""
 
-    @abstractmethod
-    def see(self, state: Any, setting: Setting, layer: int, seen: Seen, sight: Sight) -> None:
+    def see(self, state: Any, setting: Setting, layer: int, seen: Seen, sight: Sight) -> None:  # noqa: B027
         """Add one layer of one batch."""
+
+    def end(self, state: Any, setting: Setting, sight: Sight) -> None:  # noqa: B027
+        """Called when a batch's pass is over, for what needs passes of its own."""
 
     def turn(self, state: Any, setting: Setting, phase: str) -> None:  # noqa: B027 - most probes have nothing to do
         """Called when a phase is over."""
+
+    def variants(self, state: Any, setting: Setting) -> tuple[Variant, ...]:
+        """The edited models that phase `edit` runs; state None: for a plan, which counts their layers and runs none."""
+        return ()
+
+    def see_edit(self, state: Any, setting: Setting, variant: int | None, outcome: Outcome) -> None:  # noqa: B027
+        """Add what a variant made of one batch; variant None is the unedited model, and comes first."""
 
     @abstractmethod
     def rows(self, state: Any, setting: Setting) -> Iterator[Row]:

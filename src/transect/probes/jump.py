@@ -81,6 +81,12 @@ class Jump(Probe):
         """The sums of every unit."""
         return 8 * len(self.positions) * 2 * setting.units * len(self._columns(setting.view.num_layers))
 
+    def work(self, setting: Setting) -> float:
+        """Chords of every window, which read memory more than they compute."""
+        layers = setting.view.num_layers
+        pairs = layers * layers / 2 if self.windows else 2.0 * layers
+        return 40.0 * setting.data.num_tokens * pairs * setting.view.width
+
     def start(self, setting: Setting, packed: dict | None) -> JumpState:
         """Zeros."""
         self._starts(setting.view.num_layers)

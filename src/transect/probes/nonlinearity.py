@@ -15,7 +15,7 @@ from transect.probes._fits import Group, Scores
 from transect.probes._linear_rows import element_rows
 from transect.probes._rows import ChosenRows
 from transect.probes._trained import OBJECTIVES, Approximator
-from transect.probes.base import Probe, Setting, Sight, SplitRule
+from transect.probes.base import Probe, Reading, Setting, Sight, SplitRule
 from transect.results import Row
 from transect.view.capture import Seen
 from transect.view.sites import ELEMENTS, Element, present
@@ -122,9 +122,10 @@ class Nonlinearity(Probe):
         if self.ridge is not None and self.ridge < 0:
             raise InputError(f"nonlinearity: ridge is {self.ridge}; it is 0 or more")
 
-    def split_rule(self) -> SplitRule:
-        """A given ridge needs no tune documents."""
-        return SplitRule(self.score_fraction, self.tune_fraction if self.ridge is None else 0.0, self.split)
+    def reading(self, view: View) -> Reading:
+        """Fit, tune and score documents; a given ridge needs no tune documents."""
+        tune = self.tune_fraction if self.ridge is None else 0.0
+        return Reading(split=SplitRule(self.score_fraction, tune, self.split))
 
     def epochs(self) -> int:
         """Passes of the trained approximator."""
@@ -157,6 +158,20 @@ class Nonlinearity(Probe):
                 total += 2 * Moments.nbytes(width, widths) + _WIDE * width * sum(widths)
                 widest = max(widest, width, *widths)
         return total + 6 * _WIDE * widest * widest
+
+    def work(self, setting: Setting) -> float:
+        """Moments of every token, the float64 part counted twice, and the solutions."""
+        total = 0.0
+        for layer in setting.layers:
+            state = self._layer(setting, layer)
+            targets = {_key(e): e.target for e in state.elements.values() if isinstance(e, Element)}
+            for group in state.groups:
+                if not isinstance(group, Lines):
+                    d = self.width(setting.view, layer, group.source)
+                    widths = [self.width(setting.view, layer, targets[key]) for key in group.elements]
+                    total += setting.data.num_tokens * (2.4 * d * d + 2.5 * d * sum(widths)) + 40.0 * d**3
+        epochs = 3.0 * self.epochs() * len(self.cosine) / max(len(self.elements), 1)
+        return total * (1 + epochs)
 
     def width(self, view: View, layer: int, site: str) -> int:
         """The width a site is measured with: its own, or that of the projection where it is narrower."""

@@ -79,6 +79,13 @@ class Similarity(Probe):
         layers = setting.view.num_layers + 1
         return layers * count * (2 * setting.view.width + 256) * size + 4 * setting.data.num_tokens
 
+    def work(self, setting: Setting) -> float:
+        """Gram matrices of the sample at every layer and their products, then the spectra."""
+        layers, width = setting.view.num_layers + 1, setting.view.width
+        count = float(min(self.sample, setting.data.num_tokens))
+        once = count * count * layers * (2 * width + layers) + 20.0 * layers * width**3
+        return once * (11 if self.errors else 1)
+
     def start(self, setting: Setting, packed: dict | None) -> SimilarityState:
         """The sample is chosen before the first token."""
         view, device = setting.view, setting.view.device

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 
-from transect.report.charts import Figure, Values, bars, layer_pairs, lines, spec_of
+from transect.report.cells import layer_pairs
+from transect.report.charts import Figure, bars, lines, spec_of
 from transect.report.pick import Pick
+from transect.report.scales import Values
 from transect.report.words import capital, metric_name, with_unit
 
 _TELL_APART = ("element", "variant", "site", "part", "edit", "domain", "task", "split")
 _MOST_COLOURS = 20
 _MOST_DASHES = 4
+_MOST_FOLLOWED = 4
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,22 @@ def pair_figures(pick: Pick, metric: str, values: Values, mirrored: bool = False
             spec = spec_of(layer_pairs(one, values, mirrored), height=360)
             title = f"{capital(metric_name(metric))} between layers{label}"
             found.append(Figure(name=file_name(metric, label), title=title, spec=spec, note=note))
+    return found
+
+
+def followed(pick: Pick) -> dict[str, Pick]:
+    """What to follow over training: every metric that has one value a layer, and a few of its elements."""
+    found = {}
+    for metric in pick.distinct("metric"):
+        chosen = pick.where("metric", metric).main_variant().without("layer_to").without("part")
+        for name in ("site", "edit", "domain", "task"):
+            if chosen.distinct("layer") and len(chosen.distinct(name)) > 1:
+                chosen = chosen.where(name, chosen.distinct(name)[0])
+        if len(chosen.distinct("element")) > 1 and chosen.distinct("layer"):
+            elements = chosen.distinct("element")[:_MOST_FOLLOWED]
+            found |= {f"{metric_name(metric)}, {name}": chosen.where("element", name) for name in elements}
+        else:
+            found[metric_name(metric)] = chosen
     return found
 
 

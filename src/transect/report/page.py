@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from transect.errors import InputError
+from transect.report import trajectory
 from transect.report.charts import Figure
 from transect.report.figures import figures_of, key_numbers_of
 from transect.report.generic import by_series
@@ -96,7 +97,8 @@ def render(title: str, sources: list[Source], records: list[Record], sections: l
 def _section(probe: str, records: list[Record]) -> Section:
     own = tuple(record for record in records if (record["probe"] or "other") == probe)
     pick = Pick(own, ({"field": "probe", "equal": probe},) if own[0]["probe"] else ())
-    numbers = {str(one.records[0]["series"]): key_numbers_of(probe, one) for _, one in by_series(pick)}
+    ends = trajectory.ends_only(pick)
+    numbers = {str(one.records[0]["series"]): key_numbers_of(probe, one) for _, one in by_series(ends)}
     names = list(dict.fromkeys(name for found in numbers.values() for name in found))
     rows = [(series, [found.get(name, "–") for name in names]) for series, found in numbers.items()]
     missing = Counter(f"{record['metric']}: {record['reason']}" for record in own if record["value"] is None)

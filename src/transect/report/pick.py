@@ -1,5 +1,6 @@
 """A choice of records that is at the same time a list of Vega-Lite filters on the shared data."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,24 @@ class Pick:
     """Some of the report's records, and the filters that pick the same ones inside a figure."""
 
     records: tuple[Record, ...]
-    filters: tuple[dict[str, Any], ...] = ()
+    filters: tuple[dict[str, Any] | str, ...] = ()
 
     def where(self, field: str, *values: object) -> "Pick":
         """The records whose field is one of the values."""
         kept = tuple(record for record in self.records if record[field] in values)
         return Pick(kept, (*self.filters, {"field": field, "oneOf": list(values)}))
+
+    def matching(self, field: str, keep: Callable[[Any], bool]) -> "Pick":
+        """The records whose field is there and passes the test."""
+        return self.where(field, *(value for value in self.distinct(field) if keep(value)))
+
+    def without(self, field: str) -> "Pick":
+        """The records that lack the field."""
+        return self.such(lambda record: record[field] is None, f"!isValid(datum.{field})")
+
+    def such(self, keep: Callable[[Record], bool], expression: str) -> "Pick":
+        """The records that pass the test; the Vega expression must say the same."""
+        return Pick(tuple(record for record in self.records if keep(record)), (*self.filters, expression))
 
     def distinct(self, field: str) -> list[Any]:
         """The values of a field that are present, in order of appearance."""

@@ -9,23 +9,29 @@ from transect.results import COLUMNS, Row
 
 Record = dict[str, Any]
 _TELLS_APART = ("revision", "step", "dtype", "data")
+_MOMENTS = ("revision", "step")
 
 
 def to_records(rows: Iterable[Row]) -> list[Record]:
-    """One record a row, with `series`: the shortest name that tells its model, revision or run from the others."""
+    """One record a row, with the shortest names that tell the models apart.
+
+    `series` tells model, revision, step and run apart; `subject` is the same without the moment of training.
+    """
     records = [asdict(row) for row in rows]
     short = _short_names({record["model"] for record in records})
     apart = {model: _varying(records, model) for model in short}
     for record in records:
         model = record["model"]
-        extra = [_word(name, record[name]) for name in apart[model] if record[name] is not None]
-        record["series"] = " ".join([short[model], *extra])
+        words = {name: _word(name, record[name]) for name in apart[model] if record[name] is not None}
+        record["series"] = " ".join([short[model], *words.values()])
+        record["subject"] = " ".join([short[model], *(word for name, word in words.items() if name not in _MOMENTS)])
     return records
 
 
 def compact(records: list[Record]) -> dict[str, Any]:
     """The records as names once, constant columns once, and lists of the rest; empty columns are left out."""
-    names = [name for name in (*COLUMNS, "series") if any(record[name] is not None for record in records)]
+    own = ["series", "subject"] if any(record["series"] != record["subject"] for record in records) else ["series"]
+    names = [name for name in (*COLUMNS, *own) if any(record[name] is not None for record in records)]
     constant = {name: records[0][name] for name in names if all(record[name] == records[0][name] for record in records)}
     columns = [name for name in names if name not in constant]
     return {
@@ -43,9 +49,22 @@ def _short_names(models: set[str | None]) -> dict[str | None, str]:
 
 def _varying(records: list[Record], model: str | None) -> list[str]:
     own = [record for record in records if record["model"] == model]
-    distinct = {name: {record[name] for record in own} - {None} for name in (*_TELLS_APART, "run")}
-    varying = [name for name in _TELLS_APART if len(distinct[name]) > 1]
-    return varying or ["run"] * (len(distinct["run"]) > 1)
+    varying = [name for name in _TELLS_APART if len({record[name] for record in own} - {None}) > 1]
+    if "step" in varying and "revision" in varying and _settled_by(own, "step", "revision"):
+        varying.remove("revision")
+    moments = [name for name in varying if name in _MOMENTS]
+    if moments:
+        # Two runs that were followed over the same steps are two subjects; a run for each step is not.
+        followed = not _settled_by(own, "run", *moments) and not _settled_by(own, moments[0], "run")
+        return [*varying, "run"] if followed else varying
+    return varying or ["run"] * (len({record["run"] for record in own} - {None}) > 1)
+
+
+def _settled_by(records: list[Record], field: str, *others: str) -> bool:
+    found: dict[Any, set[tuple[Any, ...]]] = {}
+    for record in records:
+        found.setdefault(record[field], set()).add(tuple(record[name] for name in others))
+    return all(len(values) == 1 for values in found.values())
 
 
 def _word(name: str, value: object) -> str:

@@ -28,7 +28,7 @@ def write_stills(probe: str, figures: Iterable[Figure], records: list[Record], f
     own = [_filled(record) for record in records if (record["probe"] or "other") == probe]
     paths = []
     for figure in figures:
-        svg = vl_convert.vegalite_to_svg(_with_data(figure, own), vl_version=VEGA_LITE)
+        svg = vl_convert.vegalite_to_svg(with_data(figure, own), vl_version=VEGA_LITE)
         for suffix, content in ((".svg", svg.encode()), (".png", vl_convert.svg_to_png(svg, scale=2))):
             path = folder / (file_stem(probe, figure) + suffix)
             write_whole(path, content)
@@ -40,13 +40,15 @@ def _filled(record: Record) -> Record:
     return {name: value for name, value in record.items() if value is not None}
 
 
-def _with_data(figure: Figure, records: list[Record]) -> dict[str, object]:
+def with_data(figure: Figure, records: list[Record]) -> dict[str, object]:
     title = {"text": figure.title, "anchor": "start", "fontSize": 14, "offset": 12}
     if figure.note:
         title |= {"subtitle": textwrap.wrap(figure.note, _NOTE_LETTERS), "subtitleColor": "#555"}
+    # Only a chart that fills its container needs a width; small multiples have their own.
+    width = {"width": _WIDTH} if "width" in figure.spec else {}
     return {
         **figure.spec,
-        "width": _WIDTH,
+        **width,
         "title": title,
         "config": _CONFIG,
         "datasets": {DATA_NAME: records},

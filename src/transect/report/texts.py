@@ -35,23 +35,46 @@ _TEXTS = {
     ),
     "contribution": Text(
         "Contribution",
-        "How much attention and FFN each contribute to predicting the token, at every sub-layer.",
-        "A share above one half means that this half of the layer contributes more than the other.",
+        "How much more the stream tells about the token to predict after each attention and each FFN. Estimators: "
+        "mutual information between clusters of states and tokens, prediction of the token by the nearest mean state, "
+        "and the loss of the model's own head on the state (lens). A half's share is what its steps add up to, divided "
+        "by the whole gain from the embeddings to the last layer.",
+        "An attention share above one half means that attention brings more of the prediction than the FFN. "
+        "Trust an order of models on which the estimators agree.",
+        "A step is the change it makes where it stands: attention that only gathers what a later FFN reads out earns "
+        "nothing, and the FFN earns it all. The lens reads each state as if it were the last and favours late layers. "
+        "Mutual information from few tokens is too high; the excess cancels only between states with equally many "
+        "clusters and the same tokens. With few documents the intervals are wide, and with a gain near zero "
+        "a share has no meaning.",
     ),
     "commutativity": Text(
         "Commutativity",
-        "How much the model loses when layers change places, are reversed or repeated.",
-        "A small change of the loss means that the order of these layers matters little.",
+        "How much the model loses, without further training, when layers change places, are reversed, shuffled or "
+        "repeated. The cost is the change of the loss; without a head, how far the last hidden state turns.",
+        "A small cost means that the order of these layers matters little. "
+        "Axes marked log-like are linear near zero and logarithmic beyond.",
+        "The first and last layer often cost far more than the others and dominate every mean that includes them. "
+        "A small cost does not mean that a layer is idle: two layers that do the same also change places for free.",
     ),
     "ablation": Text(
         "Ablation",
-        "How much the model loses when a part of a layer is removed or replaced.",
-        "A small change of the loss means that the model can do without this part.",
+        "How much the model loses, without further training, when a part of a layer is removed (zero), replaced by its "
+        "mean, by noise or by a fitted map, or when a residual is scaled.",
+        "A small cost means that the model can do without this part on this text. Either one layer at a time is "
+        "ablated, or all from the first up to one, or all from one up to the last. "
+        "Axes marked log-like are linear near zero and logarithmic beyond.",
+        "Zero takes the model to states it has never seen and so overstates what a part does; the mean is milder. "
+        "Costs of single parts do not add up: later layers make up for what is missing, and parts that back each other "
+        "up look unneeded one at a time.",
     ),
     "routing": Text(
         "Routing",
-        "How tokens are spread over the blocks of each sparse FFN.",
-        "An even load uses all blocks; dead blocks are never chosen.",
+        "How tokens are spread over the experts (memory blocks) of each sparse FFN, which experts are chosen together, "
+        "and what each expert does.",
+        "Entropy is that of the load, divided by its highest possible value: 1 is an even load. Dead experts are never "
+        "chosen; dropped choices found their expert full. Removal cost is what the model loses without one expert.",
+        "On few tokens an expert looks dead, or tied to a token type, by chance. An even load does not mean that the "
+        "experts do different things: a random choice is even too.",
     ),
 }
 

@@ -8,6 +8,9 @@ _NAMES = {
     "r2_floor": "R² floor",
     "linearity": "linearity (trained)",
     "cosine_closed_form": "cosine (closed form)",
+    "share_mha": "attention share",
+    "share_ffn": "FFN share",
+    "co_selection": "co-selection",
 }
 _NO_UNIT = {"", "1", "none", "ratio", "fraction", "cosine", "r2", "count"}
 

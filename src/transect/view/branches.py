@@ -13,6 +13,8 @@ from transect.view.sites import NEXT
 from transect.view.tensors import Key, by_position, eps
 from transect.view.trace import Call
 
+_ROUTING = ("router_logits", "selected", "selected_weights")
+
 
 @dataclass(slots=True, eq=False)
 class Spot:
@@ -289,7 +291,7 @@ class Finder:
     ) -> tuple[str | None, bool]:
         """Tap the FFN's sites; returns its last linear map and whether it is sparse."""
         if algebra.ffn is None:
-            sites = ("ffn_in", "ffn_pre", "ffn_act", "ffn_hidden", "ffn_out", "router_logits", "selected")
+            sites = ("ffn_in", "ffn_pre", "ffn_act", "ffn_hidden", "ffn_out", *_ROUTING)
             missing.update(dict.fromkeys(sites, "this layer has no FFN sub-layer"))
             return None, False
         branch, scale = algebra.ffn
@@ -307,7 +309,7 @@ class Finder:
             self._router(region, taps, missing)
             missing.update(dict.fromkeys(("ffn_pre", "ffn_act", "ffn_hidden"), "sparse FFN: one for each block"))
             return None, True
-        missing.update(dict.fromkeys(("router_logits", "selected"), "dense FFN: nothing is routed"))
+        missing.update(dict.fromkeys(_ROUTING, "dense FFN: nothing is routed"))
         down = readers[-1]
         taps["ffn_hidden"] = down.tap()
         self._activation([call for call in region if call.start > readers[0].call.start], taps, missing)
@@ -327,8 +329,25 @@ class Finder:
                 kinds = {key: item.is_floating_point() for key, item in call.outputs.items()}
                 taps["selected"] = Tap(call.path, "out", next(k for k, floating in kinds.items() if not floating))
                 taps["router_logits"] = Tap(call.path, "out", next(k for k, floating in kinds.items() if floating))
+                self._weights(region, taps, missing)
                 return
-        missing.update(dict.fromkeys(("router_logits", "selected"), "the router is not a module of its own here"))
+        missing.update(dict.fromkeys(_ROUTING, "the router is not a module of its own here"))
+
+    def _weights(self, region: list[Call], taps: dict[str, Tap], missing: dict[str, str]) -> None:
+        """Tap what the experts are given beside ffn_in and the chosen blocks."""
+        read = next(spot.value for spot in self.inputs if spot.tap() == taps["ffn_in"])
+        given = [
+            spot
+            for spot in self.inputs
+            if spot.call in region and is_experts(spot.call.module) and spot.value.is_floating_point()
+        ]
+        weights = [spot for spot in given if spot.value.shape != read.shape or not torch.equal(spot.value, read)]
+        if len(weights) == len(given):
+            missing["selected_weights"] = "the chosen blocks do not read ffn_in"
+        elif len(weights) != 1:
+            missing["selected_weights"] = "the chosen blocks are not given one tensor of weights"
+        else:
+            taps["selected_weights"] = weights[0].tap()
 
     def _best_residual(self) -> float:
         resid, after = self.resid.double(), self.resid_next.double()

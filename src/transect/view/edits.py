@@ -9,8 +9,10 @@ from torch import Tensor
 
 from transect.errors import InputError
 from transect.view.capture import site_value
+from transect.view.experts import experts_of, unheard, without
 from transect.view.layout import Tap
 from transect.view.order import reordered
+from transect.view.randomise import randomise as randomise
 from transect.view.sites import ELEMENTS
 from transect.view.walk import Use, Walk
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 Function = Callable[[Tensor], Tensor]
 """From [batch, positions, width of the source site] to [batch, positions, width of the target site]."""
 
-PARTS = ("attn", "ffn", "head", "layer")
+PARTS = ("attn", "ffn", "head", "layer", "expert")
 RESIDUALS = ("attn", "ffn", "both")
 
 
@@ -53,12 +55,21 @@ def repeat(view: "View", layer: int, times: int) -> AbstractContextManager[None]
 
 
 @contextmanager
-def remove(view: "View", part: str, layer: int, head: int | None = None) -> Iterator[None]:
+def remove(
+    view: "View",
+    part: str,
+    layer: int,
+    head: int | None = None,
+    expert: int | None = None,
+    fill: Tensor | None = None,
+) -> Iterator[None]:
     """Make one part of a layer add exactly zero to the stream, or leave the whole layer out.
 
     `attn` and `ffn`: the branch is 0, the residual and the norms stay (post-norm: x' = LN(u); pre-norm: x' = u).
-    `head`: its slice of `heads_out` is 0. `layer`: the stream passes the layer unchanged, norms included.
-    Raises InputError for an unknown part, a layer without it, or a head out of range.
+    `head`: its slice of `heads_out` is 0, or `fill` [head width] such as its mean. `layer`: the stream passes the layer
+    unchanged, norms included.
+    `expert`: its weight is 0 for the tokens that chose it; the others keep theirs and no token is routed anew.
+    Raises InputError for an unknown part, a layer without it, or a head or expert out of range.
     Source: arXiv 2101.04547, removal; difference: exact zero, where the paper's code leaves frozen noise.
     """
     if part not in PARTS:
@@ -68,13 +79,17 @@ def remove(view: "View", part: str, layer: int, head: int | None = None) -> Iter
         with reordered(view, tuple(other for other in range(view.num_layers) if other != layer)):
             yield
         return
+    if part == "expert":
+        with _tapped(view, layer, without(experts_of(view, layer), layer, expert)):
+            yield
+        return
     site = "heads_out" if part == "head" else f"{part}_out"
     tap = _tap(view, layer, site)
     if part == "head":
         heads = view.model.config.num_attention_heads
         if head is None or not 0 <= head < heads:
             raise InputError(f"head is {head}; layer {layer} has heads 0 to {heads - 1}")
-        use = _without_head(head, heads)
+        use = _without_head(head, heads, fill)
     else:
         use = _zero
     with _tapped(view, layer, [(tap, use)]):
@@ -110,7 +125,7 @@ def replace(view: "View", element: str, layer: int, function: Function) -> Itera
 
     def write(scale: float) -> Use:
         def use(_: int, tensor: Tensor) -> Tensor:
-            with _unheard(view):
+            with unheard(view):
                 new = function(source[0])
             if new.shape[:2] != shape[0] or new.numel() != tensor.numel():
                 raise InputError(
@@ -169,24 +184,14 @@ def _zero(_: int, tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor)
 
 
-def _without_head(head: int, heads: int) -> Callable[[int, Tensor], Tensor]:
+def _without_head(head: int, heads: int, fill: Tensor | None) -> Callable[[int, Tensor], Tensor]:
     def use(_: int, tensor: Tensor) -> Tensor:
         width = tensor.shape[-1] // heads
         kept = tensor.clone()
-        kept[..., head * width : (head + 1) * width] = 0
+        kept[..., head * width : (head + 1) * width] = 0 if fill is None else fill.to(kept)
         return kept
 
     return use
-
-
-@contextmanager
-def _unheard(view: "View") -> Iterator[None]:
-    """Let a replacement call the model's own modules without its taps, and those of a capture, firing."""
-    before, view.replacing = view.replacing, True
-    try:
-        yield
-    finally:
-        view.replacing = before
 
 
 @contextmanager

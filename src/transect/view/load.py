@@ -3,6 +3,8 @@
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from transect.errors import InputError
+from transect.view.checkpoints import checkpoints, home, last
+from transect.view.surgery import align
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,29 +43,45 @@ def load_model(
         return Loaded(_placed(model, device, live=True), None, source.config._name_or_path or "model", revision)
     if not isinstance(source, (str, os.PathLike)):
         raise InputError(f"cannot load a {type(source).__name__}; give a folder, a hub id, a GGUF file or a model")
-    where = _located(str(source), revision)
+    where = located(str(source), revision)
     kind = torch.float32 if kind is None else kind
-    try:
+    with _one_line(str(source)):
         model, tokenizer = _read(where, kind, trust_remote_code)
+    align(model)
+    return Loaded(_placed(model, device, live=False), tokenizer, where.name, where.label, where.notes)
+
+
+@contextmanager
+def _one_line(source: str) -> Iterator[None]:
+    """Whatever reading a checkpoint raises, as an InputError of one line."""
+    try:
+        yield
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"cannot load {source}: {first}") from error
-    return Loaded(_placed(model, device, live=False), tokenizer, where.name, where.label, where.notes)
 
 
 @dataclass(frozen=True, slots=True)
-class _Where:
+class Where:
+    """Where a model is read from, and what its rows call it.
+
+    `home` is what `name` stands for: the folder, file or hub id; all checkpoints of a folder have one. `label` is the
+    rows' revision, `revision` the hub's.
+    """
+
     path: str
     name: str
+    home: str
     revision: str | None = None
     label: str | None = None
     gguf: str | None = None
     notes: tuple[str, ...] = ()
 
 
-def _located(source: str, revision: str | None) -> _Where:
+def located(source: str, revision: str | None) -> Where:
+    """Where a source is, without reading it; raises InputError when a local one is not there."""
     path = Path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -69,33 +90,53 @@ def _located(source: str, revision: str | None) -> _Where:
     if not path.is_dir():
         if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise InputError(f"no model folder {source}; give a folder with config.json, a hub id or a GGUF file")
-        return _Where(source, source, revision, revision)
+        return Where(source, source, source, revision, revision)
     if (path / "checkpoints").is_dir():
-        return _run_folder(path, revision)
+        return _checkpoint(path, revision)
     if (path / "config.json").is_file():
-        notes, label = _provenance(path)
-        return _Where(str(path), path.resolve().name, None, revision or label, None, notes)
+        return _checkpoint(path, revision) if revision in checkpoints(path) else _folder(path, revision)
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return _gguf(files[0])
-    raise InputError(f"{source} is not a model folder: it has no config.json, no single .gguf file and no checkpoints/")
+    if checkpoints(path):
+        return _checkpoint(path, revision)
+    raise InputError(
+        f"{source} is not a model folder: it has no config.json, no single .gguf file, no checkpoints/ "
+        "and no folders with a config.json"
+    )
 
 
-def _gguf(path: Path) -> _Where:
+def _gguf(path: Path) -> Where:
     note = f"weights of {path.name} are quantised values made dense"
-    return _Where(str(path.parent), path.stem, None, None, path.name, (note,))
+    return Where(str(path.parent), path.stem, str(path.resolve()), None, None, path.name, (note,))
 
 
-def _run_folder(path: Path, revision: str | None) -> _Where:
-    """A run folder's checkpoint: the one named by `revision`, else the one with the highest number."""
-    found = {entry.name: entry for entry in (path / "checkpoints").iterdir() if (entry / "config.json").is_file()}
+def _folder(path: Path, revision: str | None) -> Where:
+    notes, label = _provenance(path)
+    owner, checkpoint = home(path)
+    return Where(str(path), owner.name, str(owner), None, revision or label or checkpoint, None, notes)
+
+
+def _checkpoint(path: Path, revision: str | None) -> Where:
+    """A checkpoint of a folder that holds several: the one named by `revision`, else the one with the highest step."""
+    found = checkpoints(path)
     if not found:
         raise InputError(f"{path}/checkpoints holds no checkpoint with a config.json")
     if revision is not None and revision not in found:
         raise InputError(f"{path} has no checkpoint {revision!r}; it has {', '.join(sorted(found))}")
-    last = max(found, key=lambda name: (int("".join(c for c in name if c.isdigit()) or 0), name))
-    chosen = revision or last
-    return _Where(str(found[chosen]), path.resolve().name, None, chosen)
+    chosen = revision or last(found)
+    owner = path.resolve()
+    owner = owner.parent if owner.name == "checkpoints" and owner.parent.name else owner
+    return Where(str(found[chosen]), owner.name, str(owner), None, chosen)
+
+
+def check_readable(where: Where, trust_remote_code: bool) -> None:
+    """Raise InputError when a model's configuration cannot be read or a folder has no weights; loads no weights."""
+    folder = Path(where.path)
+    if folder.is_dir() and not any(True for kind in _WEIGHTS for _ in folder.glob(kind)):
+        raise InputError(f"cannot load {folder}: it has no weights ({', '.join(_WEIGHTS)})")
+    with _one_line(where.path):
+        AutoConfig.from_pretrained(where.path, **_extra(where, trust_remote_code))
 
 
 def _provenance(path: Path) -> tuple[tuple[str, ...], str | None]:
@@ -105,20 +146,28 @@ def _provenance(path: Path) -> tuple[tuple[str, ...], str | None]:
         return (), None
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        label = f"{record['package']}=={record['version']} sha256:{record['sha256'][:16]}"
+        label = None
+        if set(record) != {"note"}:
+            label = f"{record['package']}=={record['version']} sha256:{record['sha256'][:16]}"
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"cannot read {file}: {type(error).__name__} {error}; it holds package, version and sha256, or is not there"
+            f"cannot read {file}: {type(error).__name__} {error}; it holds package, version and sha256, "
+            "or only a note, or is not there"
         ) from error
     return ((record["note"],) if record.get("note") else ()), label
 
 
-def _read(where: _Where, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
+def _extra(where: Where, trust_remote_code: bool) -> dict[str, Any]:
     extra: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if where.revision:
         extra["revision"] = where.revision
     if where.gguf:
         extra["gguf_file"] = where.gguf
+    return extra
+
+
+def _read(where: Where, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
+    extra = _extra(where, trust_remote_code)
     config = AutoConfig.from_pretrained(where.path, **extra)
     if dtype == torch.float64:  # fused experts refuse float64
         config._experts_implementation = "eager"

@@ -22,6 +22,7 @@ SITES: dict[str, str] = {
     "ffn_out": "exactly what the FFN adds to the stream; its own output norm belongs to it",
     "router_logits": "scores of a sparse FFN's blocks",
     "selected": "blocks that a sparse FFN chose",
+    "selected_weights": "what their outputs are multiplied with: one for each choice, or one for each block",
     NEXT: "stream leaving the layer, before any final norm",
 }
 """Every site of a layer, in the order in which a pre-norm layer computes them."""

@@ -16,7 +16,7 @@ from transect.view.discover import discover, no_cache
 from transect.view.layout import LayerMap, Tap
 from transect.view.prove import Proof, prove
 from transect.view.sites import NEXT
-from transect.view.tensors import Key, logits_of, parts, put
+from transect.view.tensors import Key, eps, logits_of, parts, put
 
 Adapter = Mapping[str, Tap]
 
@@ -25,8 +25,9 @@ class View:
     """A proven model: `View(model)` or `View.load(...)`; layers, sites, edits and captures go through it.
 
     `layers` and `maps` follow the executed order, also inside an edit. `executed` holds, for each place in that order,
-    the 0-based layer of the model as it was loaded. `replacing` says that a replacement is being computed, whose calls
-    of the model's own modules are no part of the pass.
+    the 0-based layer of the model as it was loaded. `causal` says that no position sees a later one. `replacing` says
+    that a replacement is being computed, whose calls of the model's own modules are no part of the pass. `known` is how
+    many of the first layers are not run, as their output is known; edits in them are part of it.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class View:
         self.revision = revision
         self.notes = notes
         self.replacing = False
+        self.known = 0
         _refuse_nan(self.name, model)
         ids = self._random_ids(0, 7)
         found = discover(self.base, ids)
@@ -66,6 +68,7 @@ class View:
         self.layers: list[nn.Module] = [modules[index] for index in found.executed]
         self.executed: list[int] = list(range(len(self.layers)))
         self.proof: Proof = prove(self, self._random_ids(1, 11))
+        self.causal = self._looks_back_only(self._random_ids(2, 11))
 
     @staticmethod
     def load(
@@ -216,6 +219,14 @@ class View:
                 f"token id {wrong} is out of range for {self.name}: allowed are 0 to {self.vocab_size - 1}; "
                 "use the tokenizer this model was trained with"
             )
+
+    def _looks_back_only(self, ids: Tensor) -> bool:
+        """Whether another last token leaves every state before it as it was."""
+        changed = ids.clone()
+        changed[:, -1] = ids[:, 0]
+        with torch.no_grad():
+            before, after = (self.run(given)[:, :-1] for given in (ids, changed))
+        return bool((before - after).norm() <= 1000 * eps(before.dtype) * before.norm())
 
     def _random_ids(self, seed: int, positions: int) -> Tensor:
         """Random ids [2, positions], distinct within a row where the vocabulary allows, without special tokens."""

@@ -40,10 +40,12 @@ class Walk:
         self._on_exit = on_exit
         self._stack = ExitStack()
         self._passes = 0
+        self._running = False
 
     def __enter__(self) -> Self:
-        self._keep(self.view.base.register_forward_pre_hook(self._heard(self._start)))
-        self._keep(self.view.base.register_forward_hook(self._heard(self._finish)))
+        for root in {id(module): module for module in (self.view.model, self.view.base)}.values():
+            self._keep(root.register_forward_pre_hook(self._heard(self._start)))
+            self._keep(root.register_forward_hook(self._heard(self._finish)))
         for module in self._modules():
             self._keep(module.register_forward_pre_hook(self._heard(self._enter)))
         return self
@@ -93,7 +95,7 @@ class Walk:
         return hook
 
     def _turns(self, layer: int, tap: Tap) -> Callable[[], bool]:
-        """Whether this call is the tap's: of the layer, and the nth of its module in this pass through the layer."""
+        """Whether this call is the tap's: of the layer, where it is run, and the nth of its module in this pass."""
         taps = next(m.taps for m, loaded in zip(self.view.maps, self.view.executed, strict=True) if loaded == layer)
         several = tap.nth > 0 or any(other.module == tap.module and other.nth > 0 for other in taps.values())
         count = [-1, 0]  # the pass through a layer counted in, calls in it
@@ -101,7 +103,7 @@ class Walk:
         def turn() -> bool:
             if self.place < 0:
                 raise OrderError(f"the tap {tap} fired outside a forward pass; is gradient checkpointing on?")
-            if self.view.executed[self.place] != layer:
+            if self.view.executed[self.place] != layer or self.place < self.view.known:
                 return False
             if not several:
                 return True
@@ -123,7 +125,7 @@ class Walk:
         self._stack.callback(handle.remove)
 
     def _start(self, *_: object) -> None:
-        self.place = -1
+        self.place, self._running = -1, True
 
     def _enter(self, module: nn.Module, *_: object) -> None:
         place = self.place + 1
@@ -140,6 +142,10 @@ class Walk:
         self._on_exit(self.place)
 
     def _finish(self, *_: object) -> None:
+        """The end of a pass: that of the base model, or of the whole one where it calls the base's parts itself."""
+        if not self._running:
+            return
+        self._running = False
         if self.place != self.view.num_layers - 1:
             raise OrderError(f"{self.place + 1} layers were executed, {self.view.num_layers} were expected")
         self.place = -1

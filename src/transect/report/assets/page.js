@@ -34,7 +34,8 @@
 
   const inValueCell = ["stderr", "reason"];
   const last = ["study", "run"];
-  const varying = packed.columns.filter((name) => name !== "series" && !inValueCell.includes(name));
+  const names = ["series", "subject"];
+  const varying = packed.columns.filter((name) => !names.includes(name) && !inValueCell.includes(name));
   const columns = [...varying.filter((name) => !last.includes(name)), ...varying.filter((name) => last.includes(name))];
   if (!columns.includes("value")) columns.push("value");
   const state = { sort: null, down: false, shown: 100, words: "", equal: {} };
@@ -129,7 +130,7 @@
     document.getElementById("row-more").addEventListener("click", () => { state.shown += 500; showRows(); });
   }
 
-  const same = Object.entries(packed.constant).filter(([name]) => !["series", "value", "stderr", "reason"].includes(name));
+  const same = Object.entries(packed.constant).filter(([name]) => !["series", "subject", "value", "stderr", "reason"].includes(name));
   if (same.length) {
     const text = same.map(([name, value]) => `${name.replace("_", " ")} ${value}`).join(", ");
     document.getElementById("row-constants").textContent = `The same in every row: ${text}.`;

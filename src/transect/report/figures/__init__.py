@@ -2,10 +2,10 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
-from transect.report import generic
+from transect.report import generic, trajectory
 from transect.report.charts import Figure
 from transect.report.pick import Pick
 
@@ -13,14 +13,21 @@ KeyNumbers = dict[str, str]
 
 
 def figures_of(probe: str, pick: Pick) -> list[Figure]:
-    """The figures of a probe's records, from the probe's own file where there is one."""
-    draw: Callable[[Pick], list[Figure]] = _named(probe).figures if probe in _own_files() else generic.figures
-    return draw(pick)
+    """The figures of a probe's records, from the probe's own file where there is one.
+
+    A model followed over training is shown at the last moment, and over its moments in figures of their own.
+    """
+    module = _named(probe)
+    last, note = trajectory.last_only(pick)
+    found = [replace(figure, note=f"{figure.note} {note}".strip()) for figure in module.figures(last)]
+    followed = getattr(module, "followed", generic.followed)
+    return [*found, *trajectory.figures(pick, followed)]
 
 
 def key_numbers_of(probe: str, pick: Pick) -> KeyNumbers:
     """The few numbers a reader wants first, for the records of one model; empty for a probe without its own file."""
-    return _named(probe).key_numbers(pick) if probe in _own_files() else {}
+    module = _named(probe)
+    return module.key_numbers(pick) if module is not generic else {}
 
 
 def _own_files() -> set[str]:
@@ -28,4 +35,4 @@ def _own_files() -> set[str]:
 
 
 def _named(probe: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{probe}")
+    return importlib.import_module(f"{__name__}.{probe}") if probe in _own_files() else generic

@@ -1,11 +1,13 @@
 """Figures of `jump`: how far each layer turns the stream."""
 
-from transect.report.charts import Figure, Values, bars, lines, spec_of
+from transect.report.charts import Figure, bars, lines, spec_of
 from transect.report.generic import metric_figures, pair_figures
 from transect.report.pick import Pick
-from transect.report.words import digits
+from transect.report.scales import Values
+from transect.report.words import digits, metric_name
 
 _TOKENS = {"all": "all tokens", "skip_first": "first token left out"}
+_FOLLOWED = ("displacement", "jump_rate", "update_ratio", "stream_norm")
 _UPDATE = "Length of what a layer adds, divided by the length of the stream."
 
 
@@ -35,6 +37,12 @@ def key_numbers(pick: Pick) -> dict[str, str]:
         last = max(rates, key=lambda record: record["layer"] or 0)
         found["jump rate, last layer"] = digits(last["value"]) + (" %" if last["unit"] in ("%", "percent") else "")
     return found
+
+
+def followed(pick: Pick) -> dict[str, Pick]:
+    """Displacement, jump rate, size of the update and norm of the stream."""
+    found = {metric: pick.where("metric", metric).main_variant() for metric in _FOLLOWED}
+    return {metric_name(metric): one for metric, one in found.items() if one.present}
 
 
 def _displacement(pick: Pick) -> list[Figure]:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from transect.report.charts import Figure, Values, layer_cells, lines, spec_of
+from transect.report.cells import cells, layers_of
+from transect.report.charts import Figure, lines, spec_of
 from transect.report.generic import by_series, file_name
 from transect.report.pick import Pick
 from transect.report.records import Record
+from transect.report.scales import Field, Values
 from transect.report.words import capital, digits
 
 _FAMILIES = {
@@ -16,6 +18,7 @@ _FAMILIES = {
 _ORDER = [element for family in _FAMILIES.values() for element in family]
 _SHORT = {"FFN elements": "ffn", "attention elements": "attn", "whole layer, activation and norms": "layer"}
 _PLAIN = ("ffn", "attn")
+_FOLLOWED = ("ffn", "attn", "layer")
 _FITS = ("r2_heldout", "r2_insample", "r2_floor")
 _COSINES = ("cosine_closed_form", "linearity", "constant_baseline", "cone_size")
 _LOWEST = -0.5
@@ -46,6 +49,13 @@ def key_numbers(pick: Pick) -> dict[str, str]:
     return found
 
 
+def followed(pick: Pick) -> dict[str, Pick]:
+    """Held-out R² of FFN, attention and whole layer."""
+    heldout = pick.where("metric", "r2_heldout").main_variant()
+    found = {f"R² held out, {name}": heldout.where("element", name) for name in _FOLLOWED}
+    return {title: one for title, one in found.items() if one.present}
+
+
 def _cells(pick: Pick, label: str) -> list[Figure]:
     if not pick.present:
         return []
@@ -54,7 +64,7 @@ def _cells(pick: Pick, label: str) -> list[Figure]:
     order = [name for name in _ORDER if name in elements] + [name for name in elements if name not in _ORDER]
     numbers = len(pick.distinct("layer")) <= _MOST_NUMBERS
     values = Values(title="R² held out", domain=(-1, 1), scheme="blueorange")
-    chart = layer_cells(pick, values, "element", order, numbers)
+    chart = cells(pick, values, layers_of(pick), Field(name="element", order=tuple(order)), numbers)
     note = "1: an affine map does the same. Colours stop at −1 and 1; a cross marks a missing value."
     spec = spec_of(chart, height=max(160, 26 * len(order)))
     return [_figure("r2_map", "R² held out, every element", label, spec, note)]

@@ -1,8 +1,9 @@
 """Figures of `similarity`: how alike the states between layers are, and how many directions they use."""
 
-from transect.report.charts import Figure, Values
+from transect.report.charts import Figure
 from transect.report.generic import metric_figures, pair_figures
 from transect.report.pick import Pick
+from transect.report.scales import Values
 from transect.report.words import digits
 
 

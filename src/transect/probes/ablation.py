@@ -1,0 +1,298 @@
+"""What breaks when a part goes: the cost of removing or replacing heads, FFNs, attention and whole layers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from transect.errors import InputError
+from transect.parallel import on_every_core
+from transect.probes._effects import Effects, evaluation_rows, fixed_order, measured
+from transect.probes._replacements import FITTED, METHODS, TRAINED, Replacement, change
+from transect.probes._targets import Asked, check_objective, objective_for
+from transect.probes.base import Outcome, Probe, Reading, Setting, Sight, SplitRule
+from transect.results import Row
+from transect.view import edits
+from transect.view.capture import Seen
+from transect.view.sites import ELEMENTS, Element, present
+from transect.view.variants import Change, Variant
+from transect.view.view import View
+
+PARTS = ("ffn", "ffn_up", "attn_heads", "attn", "layer", "head")
+SCHEDULES = ("single", "from_below", "from_above")
+RESIDUALS = ("both", "attn", "ffn")
+_OF_HEADS = ("zero", "mean")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One ablated model: which part of which layers goes, and how."""
+
+    part: str
+    method: str
+    schedule: str
+    layers: tuple[int, ...]
+    head: int | None = None
+    weight: float | None = None  # of a residual
+
+    def row(self) -> Row:
+        """The columns that say which ablation it is."""
+        first, last = self.layers[0], self.layers[-1]
+        where = f"{first}" if self.schedule == "single" else f"{first}-{last}"
+        head = None if self.head is None else f"head {self.head}"
+        return Row(
+            metric="loss",
+            value=None,
+            unit="nats",
+            reason="not measured",
+            element=self.part,
+            part=head,
+            variant=f"{self.method}/{self.schedule}",
+            edit=" ".join(word for word in (self.method, self.part, where, head) if word),
+            layer=first,
+            layer_to=None if self.schedule == "single" else last,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class AblationState:
+    """What was fitted for each layer and part, and what the edits cost."""
+
+    fitted: dict[tuple[int, str], Replacement]
+    effects: Effects
+    epoch: int = 0
+
+    def pack(self) -> dict:
+        """Plain tensors and numbers."""
+        fitted = {f"{layer} {part}": one.pack() for (layer, part), one in self.fitted.items()}
+        return {"fitted": fitted, "effects": self.effects.pack(), "epoch": self.epoch}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation(Probe):
+    """What it costs to take a part out of one layer, of all layers up to one, or of all from one on.
+
+    Parts: `ffn`, `ffn_up` (up-projection and activation: ffn_hidden is replaced, the last map stays), `attn_heads`
+    (heads_out is replaced, the output projection stays), `attn`, `layer`, `head`. Methods: `zero` (the branch adds
+    nothing, residual and norms stay; a layer is left out with its norms), `noise` (fresh weights, std 0.02), and,
+    fitted on other documents than those scored: `mean` of the output (of a layer's update), `linear` (ridge map of
+    the part's own input), and trained by Adam `cosine_adam`, `mse_adam`, `relu_control` (one ReLU layer), `two_linear`
+    (d -> 4d -> d). Heads take `zero` and `mean`, one at a time. Residuals: stream = w x + branch for each weight w of
+    `residual_weights`. loss_change, kl, agreement and state_change as in `commutativity`.
+
+    Range and unit: loss, loss_change and kl in nats per target; agreement and state_change 0 to 1.
+    Reads: with fitted methods the parts' inputs and outputs; the losses are causal or masked.
+    Source: arXiv 2101.04547, replacement, removal and cancelled skips. Differences: exact zero by default, where the
+    paper's code left frozen noise; no training after the edit; cosine-trained maps are rescaled by <y,y*>/<y*,y*>.
+    Raises: InputError for an unknown part, method or schedule, an unknown mask token, layers to leave out of a loop.
+    Cost: about L^2 layers for each part, method and schedule on `sample` tokens; layers below the first ablated one
+    are run once for all.
+    """
+
+    title: ClassVar[str] = "What breaks when a part goes"
+    source: ClassVar[str] = "arXiv 2101.04547"
+    costly: ClassVar[bool] = True
+
+    parts: tuple[str, ...] = ("ffn", "attn", "layer")
+    methods: tuple[str, ...] = ("zero",)
+    schedules: tuple[str, ...] = SCHEDULES
+    residuals: tuple[str, ...] = ("both",)
+    residual_weights: tuple[float, ...] = ()
+    train_epochs: int = 3
+    score_fraction: float = 0.25
+    tune_fraction: float = 0.125
+    sample: int = 2048
+    objective: Asked = "auto"
+    mask_id: int | None = None
+    mask_rate: float = 0.15
+
+    def __post_init__(self) -> None:
+        allowed = {"parts": PARTS, "methods": METHODS, "schedules": SCHEDULES, "residuals": RESIDUALS}
+        for name, known in allowed.items():
+            for value in getattr(self, name):
+                if value not in known:
+                    raise InputError(f"ablation: {value!r} is no entry of {name}; allowed are {', '.join(known)}")
+        if self.sample < 1 or self.train_epochs < 0:
+            raise InputError("ablation: sample is 1 or more, train_epochs 0 or more")
+        check_objective("ablation", self.objective, self.mask_rate)
+
+    @property
+    def fitted_methods(self) -> tuple[str, ...]:
+        """The methods that must see other documents first."""
+        return tuple(method for method in self.methods if method in FITTED)
+
+    def refusal(self, view: View) -> str | None:
+        """Layers cannot be left out of a model that runs them in a loop."""
+        reason = fixed_order(view) if "layer" in self.parts and "zero" in self.methods else None
+        return reason and f"{reason}; ablate other parts of it, as in --set ablation.parts=[ffn, attn]"
+
+    def reading(self, view: View) -> Reading:
+        """Edits on a sample; where something is fitted, on a sample of the documents it was not fitted on."""
+        targets = None
+        if view.has_head:
+            targets = objective_for(view, "ablation", self.objective, self.mask_id, self.mask_rate)
+        split = SplitRule(self.score_fraction, self.tune_fraction) if self.fitted_methods else None
+        return Reading(split=split, targets=targets, edit_tokens=self.sample, observes=False)
+
+    def epochs(self) -> int:
+        """Training epochs, and one more that finds the scale of what was trained on a cosine."""
+        return self.train_epochs + 1 if set(self.methods) & set(TRAINED) else 0
+
+    def sites(self, view: View, layer: int) -> tuple[str, ...]:
+        """Inputs and outputs of the parts that something is fitted for."""
+        found = self._fitted_elements(view, layer).values()
+        return tuple(dict.fromkeys(site for element in found for site in (element.source, element.target)))
+
+    def _fitted_elements(self, view: View, layer: int) -> dict[str, Element]:
+        if not self.fitted_methods:
+            return {}
+        named = {part: present(ELEMENTS[_element(part)], view.maps[layer]) for part in self.parts}
+        return {part: element for part, element in named.items() if isinstance(element, Element)}
+
+    def memory(self, setting: Setting) -> int:
+        """The effects' sums, and moments of every fitted part."""
+        view, total = setting.view, Effects.nbytes(len(self.cases(setting.view)), setting.units)
+        if set(self.fitted_methods) - {"mean"}:
+            for layer in range(view.num_layers):
+                for element in self._fitted_elements(view, layer).values():
+                    d, e = view.site_width(layer, element.source), view.site_width(layer, element.target)
+                    trained = len(set(self.methods) & set(TRAINED)) + 8 * ("two_linear" in self.methods)
+                    total += 16 * (d * d + 2 * d * e) + 8 * d * e * (1 + 3 * trained)
+        return total
+
+    def start(self, setting: Setting, packed: dict | None) -> AblationState:
+        """Nothing fitted and nothing added up, or what a file holds."""
+        view = setting.view
+        fitted = {
+            (layer, part): Replacement(element, self.fitted_methods, part == "layer")
+            for layer in range(view.num_layers)
+            for part, element in self._fitted_elements(view, layer).items()
+        }
+        if packed is None:
+            return AblationState(fitted, Effects.empty(len(self.cases(view)), setting.units))
+        for (layer, part), one in fitted.items():
+            one.unpack(packed["fitted"][f"{layer} {part}"])
+        return AblationState(fitted, Effects(**packed["effects"]), packed["epoch"])
+
+    def see(self, state: AblationState, setting: Setting, layer: int, seen: Seen, sight: Sight) -> None:
+        """Fit rows, tune rows, or a training step."""
+        for (at, _), one in state.fitted.items():
+            if at != layer:
+                continue
+            x, y = (sight.rows(seen[site]) for site in (one.element.source, one.element.target))
+            if sight.phase == "train":
+                one.train(x, y, last=state.epoch == self.train_epochs)
+            else:
+                one.add(sight.phase, x, y)
+
+    def turn(self, state: AblationState, setting: Setting, phase: str) -> None:
+        """Solve when the tune documents are done; count epochs."""
+        if phase == "tune":
+            on_every_core(lambda one: one.solve(setting.view.dtype, setting.seed), list(state.fitted.values()))
+        if phase == "train":
+            state.epoch += 1
+
+    def variants(self, state: AblationState | None, setting: Setting) -> tuple[Variant, ...]:
+        """Every case as a variant; one whose replacement could not be fitted is the unedited model."""
+        everything = tuple(range(setting.view.num_layers))
+        fitted = {} if state is None else state.fitted
+        return tuple(
+            Variant(everything)
+            if state is not None and self._missing(state, case)
+            else self._variant(case, everything, fitted, setting.seed)
+            for case in self.cases(setting.view)
+        )
+
+    def _variant(self, case: Case, everything: tuple[int, ...], fitted: dict, seed: int) -> Variant:
+        if case.part == "layer" and case.method == "zero":
+            return Variant(tuple(layer for layer in everything if layer not in case.layers))
+        made = []
+        for layer in case.layers:
+            if case.weight is not None:
+                made.append((layer, _residual(case.part.removeprefix("residual_"), case.weight)))
+            else:
+                made.append((layer, change(case.part, case.head, case.method, fitted.get((layer, case.part)), seed)))
+        return Variant(everything, tuple(made))
+
+    def _missing(self, state: AblationState, case: Case) -> str | None:
+        if case.method not in FITTED:
+            return None
+        reasons = (state.fitted[layer, case.part].reason(case.method) for layer in case.layers)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def see_edit(self, state: AblationState, setting: Setting, variant: int | None, outcome: Outcome) -> None:
+        """Add a case's losses and distances."""
+        state.effects.add(variant, outcome)
+
+    def rows(self, state: AblationState, setting: Setting) -> Iterator[Row]:
+        """The intact loss, every case, the parts that layers lack, and the layers run and saved."""
+        view, found = setting.view, measured(state.effects, setting)
+        intact = Row(metric="loss", value=None, unit="nats", reason="not measured", variant="intact", edit="intact")
+        yield from found.rows(None, _of_all(intact, view))
+        for number, case in enumerate(self.cases(view)):
+            reason = self._missing(state, case)
+            rows = found.rows(number, case.row())
+            yield from rows if reason is None else (_emptied(row, reason) for row in rows)
+        for part in self.parts:
+            for layer in range(view.num_layers):
+                element = present(ELEMENTS[_element(part)], view.maps[layer])
+                if isinstance(element, str):
+                    metric, unit = ("loss_change", "nats") if view.has_head else ("state_change", "1")
+                    yield Row(metric=metric, value=None, unit=unit, reason=element, layer=layer, element=part)
+        yield from evaluation_rows(state.effects, setting, self.variants(state, setting), "ablations")
+
+    def cases(self, view: View) -> list[Case]:
+        """Every ablated model, in a fixed order."""
+        found = []
+        for part in self.parts:
+            layers = [n for n in range(view.num_layers) if _has(view, n, part)]
+            for method in self.methods:
+                if part == "head":
+                    heads = range(view.model.config.num_attention_heads if method in _OF_HEADS else 0)
+                    found += [Case(part, method, "single", (layer,), head) for layer in layers for head in heads]
+                    continue
+                for schedule in self.schedules:
+                    found += [Case(part, method, schedule, run) for run in _runs(schedule, layers)]
+        found = [case for case in found if not _nothing_left(case, view)]
+        for weight in self.residual_weights:
+            for residual in self.residuals:
+                layers = [n for n in range(view.num_layers) if residual == "both" or residual in view.maps[n].sublayers]
+                for schedule in self.schedules:
+                    found += [
+                        Case(f"residual_{residual}", f"scale {weight:g}", schedule, run, None, weight)
+                        for run in _runs(schedule, layers)
+                    ]
+        return found
+
+
+def _element(part: str) -> str:
+    return "attn_heads" if part == "head" else part
+
+
+def _has(view: View, layer: int, part: str) -> bool:
+    return isinstance(present(ELEMENTS[_element(part)], view.maps[layer]), Element)
+
+
+def _runs(schedule: str, layers: list[int]) -> list[tuple[int, ...]]:
+    """The layers ablated together: each alone, all up to each, or all from each on."""
+    if schedule == "single":
+        return [(layer,) for layer in layers]
+    if schedule == "from_below":
+        return [tuple(layers[: count + 1]) for count in range(len(layers))]
+    return [tuple(layers[start:]) for start in range(len(layers))]
+
+
+def _nothing_left(case: Case, view: View) -> bool:
+    """A model without any layer cannot be run."""
+    return case.part == "layer" and case.method == "zero" and len(case.layers) == view.num_layers
+
+
+def _residual(which: str, weight: float) -> Change:
+    return Change(f"residual {which} {weight!r}", lambda view, place: edits.scale_residual(view, place, weight, which))
+
+
+def _of_all(row: Row, view: View) -> Row:
+    return replace(row, layer=0, layer_to=view.num_layers - 1)
+
+
+def _emptied(row: Row, reason: str) -> Row:
+    return replace(row, value=None, reason=reason, stderr=None, low=None, high=None)

@@ -1,0 +1,307 @@
+"""Which experts a sparse model chooses for what, how much each adds, how linear it is, and what it costs to lose it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transect.errors import InputError
+from transect.parallel import on_every_core
+from transect.probes._effects import Effects, measured
+from transect.probes._fits import GROUPS
+from transect.probes._routing_rows import kind_rows, linear_rows, pair_rows, spread_rows
+from transect.probes._routing_sums import LayerSums, Tokens
+from transect.probes._targets import Asked, check_objective, objective_for
+from transect.probes.base import Outcome, Probe, Reading, Setting, Sight, SplitRule
+from transect.results import Row
+from transect.view.capture import Seen
+from transect.view.experts import Experts, choices, experts_of, one, silent
+from transect.view.layout import LayerMap
+from transect.view.variants import Change, Variant
+from transect.view.view import View
+
+Case = tuple[int, int]
+"""A layer and one of its experts."""
+
+_NO_HEAD = "the model has no head"
+
+
+@dataclass(slots=True, eq=False)
+class RoutingState:
+    """The experts of each sparse layer as they were found, what was added up, and what removing each one cost."""
+
+    experts: dict[int, Experts]
+    layers: dict[int, LayerSums]
+    kinds: Tensor  # the ids that occur in the text, ascending
+    effects: Effects
+
+    def pack(self) -> dict:
+        """Plain tensors and numbers; experts are found again."""
+        return {
+            "layers": {layer: sums.pack() for layer, sums in self.layers.items()},
+            "effects": self.effects.pack(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing(Probe):
+    """How the tokens of a text are spread over the experts of each sparse layer, and what each expert does.
+
+    Of a layer with E experts, k to a token: load_e = choices of e / choices; entropy = -sum load ln load / ln E;
+    dead_fraction = share of experts that no token chose; drop_fraction = dropped choices / choices, dropped ones
+    included. co_selection = correlation over tokens of "i is chosen" and "j is chosen". type_preference = KL(P(token id
+    | e) || P(token id)), and for the layer its mean over choices, which is the mutual information of token id and
+    chosen expert; both less the first-order bias of counting. influence = mean over the tokens that chose e of |weight
+    e(x)| / |stream entering the FFN|, with the model's residual multiplier, before any norm of the FFN's output.
+    r2_heldout = 1 - |Y - Y*|^2 / |Y - mean Y|^2 of a ridge map of x to e(x) over the tokens that chose e, fit on other
+    documents; an expert with fewer than `min_rows` fit tokens (by default twice the width of x, always more than that
+    width and 1) has none. removal_cost = loss without e - loss: its weight is 0, the others keep theirs and nothing is
+    routed anew. For a model without a head state_change = (1 - cos)/2 of the last hidden state takes its place. All
+    tokens count but padding; removals are run on `removal_sample` tokens, of the scored documents where there is a
+    split.
+
+    Range and unit: load, entropy, dead_fraction, drop_fraction 0 to 1; co_selection -1 to 1: 1 = always together,
+    about -1/(E-1) by chance for k of E; type_preference in nats, 0 (below by chance) to H(expert) - ln k, biased upward
+    where most ids occur less than about E / k times; influence from 0; r2_heldout up to 1; removal_cost in nats per
+    target, below 0 where the model is better off; errors over documents, by a jackknife of ten groups for co_selection
+    and type_preference, none for dead_fraction.
+    Reads: selected, selected_weights, ffn_in and the stream entering the FFN; each expert is run again on its own
+    tokens. With a masked objective everything is measured on the masked text.
+    Source: arXiv 2409.02060 (OLMoE), section 5, for co-activation and vocabulary specialization; the others are ours.
+    Differences: a correlation in place of P(j | i), information in place of a share; all k choices count alike.
+    Raises: InputError for a model without sparse FFNs, experts that cannot be seen one at a time, or a bad option.
+    Cost: the experts once more; 8 d^2 + 12 d^2 bytes twice and 4 d^2 operations per choice for each expert with
+    `linearity`; E L (L + 1) / 2 layers on `removal_sample` tokens with `removal`; rows of `most_pairs` pairs a layer.
+    """
+
+    title: ClassVar[str] = "Which experts do what"
+    source: ClassVar[str] = "arXiv 2409.02060"
+    by_layer: ClassVar[bool] = True
+    costly: ClassVar[bool] = True
+
+    linearity: bool = True
+    min_rows: int | None = None
+    score_fraction: float = 0.25
+    tune_fraction: float = 0.125
+    most_pairs: int = 2016
+    removal: bool = True
+    removal_sample: int = 2048
+    objective: Asked = "auto"
+    mask_id: int | None = None
+    mask_rate: float = 0.15
+
+    def __post_init__(self) -> None:
+        if self.min_rows is not None and self.min_rows < 2:
+            raise InputError(f"routing: min_rows is {self.min_rows}; a fit needs 2 or more")
+        for name in ("removal_sample", "most_pairs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"routing: {name} is {getattr(self, name)}; it is 1 or more")
+        check_objective("routing", self.objective, self.mask_rate)
+
+    def refusal(self, view: View) -> str | None:
+        """A model without a layer whose choices can be seen."""
+        if any(_routed(known) for known in view.maps):
+            return None
+        sparse = (known for known in view.maps if known.sparse)
+        reasons = (known.missing[site] for known in sparse for site in _CHOICES if site in known.missing)
+        return next(reasons, f"no layer of {view.name} has a sparse FFN")
+
+    def reading(self, view: View) -> Reading:
+        """Fit, tune and score documents for the linear maps; a sample of what was scored for removals."""
+        split = SplitRule(self.score_fraction, self.tune_fraction) if self.linearity else None
+        if not self.removal:
+            return Reading(split=split)
+        targets = None
+        if view.has_head:
+            targets = objective_for(view, "routing", self.objective, self.mask_id, self.mask_rate)
+        return Reading(split=split, targets=targets, edit_tokens=self.removal_sample)
+
+    def sites(self, view: View, layer: int) -> tuple[str, ...]:
+        """The choices; where their weights can be seen also the weights, the experts' input and the stream."""
+        known = view.maps[layer]
+        if not _routed(known):
+            return ()
+        return ("selected", "selected_weights", "ffn_in", _stream(known)) if _weighted(known) else ("selected",)
+
+    def memory(self, setting: Setting) -> int:
+        """Counts, effects, moments of every expert, and the work space of one eigendecomposition."""
+        view, kinds = setting.view, len(_kinds(setting))
+        total = Effects.nbytes(len(self.cases(setting)), setting.units)
+        for layer in _layers(setting):
+            width = self._fitted_width(view, layer)
+            total += LayerSums.nbytes(_count(view, layer), setting.units, kinds, width)
+        return total + 16 * kinds + (48 * view.width**2 if self.linearity else 0)
+
+    def work(self, setting: Setting) -> float:
+        """Every chosen expert once more, and its second moments."""
+        view, total = setting.view, 0.0
+        for layer in _layers(setting):
+            known, active = view.maps[layer], view.site_width(layer, "selected")
+            if _weighted(known):
+                experts = view.layers[layer].get_submodule(known.taps["selected_weights"].module)
+                weights = sum(parameter.numel() for parameter in experts.parameters()) / _count(view, layer)
+                total += active * (2.0 * weights + 4.0 * self._fitted_width(view, layer) ** 2)
+        return setting.data.num_tokens * total
+
+    def start(self, setting: Setting, packed: dict | None) -> RoutingState:
+        """Find the experts and begin with nothing, or go on with what a file holds."""
+        view, kinds = setting.view, _kinds(setting)
+        experts = {layer: experts_of(view, layer) for layer in _layers(setting)}
+        layers = {}
+        for layer, known in experts.items():
+            width = self._fitted_width(view, layer)
+            layers[layer] = LayerSums.empty(known.count, setting.units, len(kinds), width, view.device)
+            if known.count != _count(view, layer):
+                raise InputError(f"routing: layer {layer} has {known.count} experts, but {_count(view, layer)} scores")
+        effects = Effects.empty(len(self.cases(setting)), setting.units)
+        if packed is not None:
+            effects = Effects(**packed["effects"])
+            for layer, sums in layers.items():
+                sums.unpack(packed["layers"][layer])
+        return RoutingState(experts, layers, kinds.to(view.device), effects)
+
+    def see(self, state: RoutingState, setting: Setting, layer: int, seen: Seen, sight: Sight) -> None:
+        """Count a layer's choices, and run each expert on the tokens that chose it."""
+        if layer not in state.layers:
+            return
+        sums, experts = state.layers[layer], state.experts[layer]
+        weighted = "selected_weights" in seen
+        index = sight.rows(seen["selected"])
+        # Without weights ones stand in their place, which are not used.
+        weight = sight.rows(seen["selected_weights"]) if weighted else _ones(index, experts)
+        index, weight = choices(experts, index, weight)
+        tokens = Tokens(index, *self._owners(state, setting, sight))
+        sums.add(tokens)
+        if not weighted:
+            return
+        known = setting.view.maps[layer]
+        inputs = sight.rows(seen["ffn_in"])
+        stream = torch.linalg.vector_norm(sight.rows(seen[_stream(known)]), dim=1).double().clamp_min(1e-300)
+        weight = weight.double().abs() * abs(known.taps["ffn_out"].scale)
+        for expert in index[index >= 0].unique().tolist():
+            rows, slots = tokens.of(expert)
+            x, unit = inputs[rows], tokens.unit[rows]
+            y = one(setting.view, layer, expert, x, experts)
+            size = torch.linalg.vector_norm(y, dim=1).double()
+            sums.add_influence(expert, weight[rows, slots] * size / stream[rows], unit)
+            if self.linearity:
+                sums.add_linearity(expert, sight.phase, x, y, unit)
+
+    def _owners(self, state: RoutingState, setting: Setting, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
+        """Error unit, its hash group and the place of its id, for each real token; the same for every layer."""
+        if "routing" not in sight.scratch:
+            unit = sight.unit[sight.owners()]
+            keys = torch.from_numpy((setting.unit_keys % GROUPS).astype("int64")).to(unit.device)
+            kind = torch.searchsorted(state.kinds, sight.ids[sight.mask].to(state.kinds.dtype))
+            sight.scratch["routing"] = unit, keys[unit], kind
+        return sight.scratch["routing"]
+
+    def turn(self, state: RoutingState, setting: Setting, phase: str) -> None:
+        """Solve every expert's map once the tune documents are done; the moments have served."""
+        if phase != "tune":
+            return
+        groups = [group for sums in state.layers.values() for group in sums.solvable()]
+        on_every_core(lambda group: group.solve(None, setting.view.dtype), groups)
+        for group in groups:
+            group.fit = group.tune = None
+
+    def cases(self, setting: Setting) -> list[Case]:
+        """Every expert that is removed in this pass."""
+        view, layers = setting.view, _layers(setting) if self.removal else ()
+        return [(layer, expert) for layer in layers for expert in range(_count(view, layer))]
+
+    def variants(self, state: RoutingState | None, setting: Setting) -> tuple[Variant, ...]:
+        """Every expert removed by itself; without a state, for a plan, experts are found where they are removed."""
+        everything = tuple(range(setting.view.num_layers))
+        known = {} if state is None else state.experts
+        return tuple(
+            Variant(everything, ((layer, _removal(expert, known.get(layer))),)) for layer, expert in self.cases(setting)
+        )
+
+    def see_edit(self, state: RoutingState, setting: Setting, variant: int | None, outcome: Outcome) -> None:
+        """Add the losses and distances without an expert."""
+        state.effects.add(variant, outcome)
+
+    def rows(self, state: RoutingState, setting: Setting) -> Iterator[Row]:
+        """Each sparse layer's and expert's rows; one empty row for any other layer."""
+        for layer in setting.layers:
+            known = setting.view.maps[layer]
+            if layer not in state.layers:
+                reason = next(known.missing[site] for site in _CHOICES if site in known.missing)
+                yield Row(metric="entropy", value=None, unit="1", reason=reason, layer=layer)
+                continue
+            sums, unweighted = state.layers[layer], known.missing.get("selected_weights")
+            documents = int((sums.totals[:, sums.experts] > 0).sum())
+            yield from spread_rows(setting, layer, sums, unweighted)
+            yield from kind_rows(layer, sums, documents)
+            yield from pair_rows(layer, sums, state.experts[layer].active, self.most_pairs, documents)
+            if self.linearity and unweighted is None:
+                yield from linear_rows(setting, layer, sums, self._least(setting.view, layer))
+            elif self.linearity:
+                row = Row(metric="r2_heldout", value=None, unit="1", reason=unweighted, layer=layer, element="expert")
+                yield from (replace(row, part=f"expert {expert}") for expert in range(sums.experts))
+        if self.removal:
+            yield from self._removal_rows(state, setting)
+
+    def _removal_rows(self, state: RoutingState, setting: Setting) -> Iterator[Row]:
+        found = measured(state.effects, setting)
+        for number, (layer, expert) in enumerate(self.cases(setting)):
+            like = Row(metric="removal_cost", value=None, unit="nats", reason=_NO_HEAD, layer=layer)
+            like = replace(like, part=f"expert {expert}", edit=f"remove expert {expert}")
+            if not state.effects.has_head:
+                yield like
+            for row in found.rows(number, like):
+                if row.metric == "loss_change":
+                    yield replace(row, metric="removal_cost")
+                elif row.metric == "state_change" and not state.effects.has_head:
+                    yield row
+
+    def _fitted_width(self, view: View, layer: int) -> int:
+        """The width of the experts' input where their maps are fitted, else 0."""
+        return view.site_width(layer, "ffn_in") if self.linearity and _weighted(view.maps[layer]) else 0
+
+    def _least(self, view: View, layer: int) -> int:
+        width = view.site_width(layer, "ffn_in")
+        return 2 * width if self.min_rows is None else max(self.min_rows, width + 2)
+
+
+_CHOICES = ("selected", "router_logits")
+
+
+def _routed(known: LayerMap) -> bool:
+    return known.sparse and all(site in known.taps for site in _CHOICES)
+
+
+def _weighted(known: LayerMap) -> bool:
+    return "selected_weights" in known.taps
+
+
+def _layers(setting: Setting) -> tuple[int, ...]:
+    """The layers of this pass whose choices can be seen."""
+    return tuple(layer for layer in setting.layers if _routed(setting.view.maps[layer]))
+
+
+def _stream(known: LayerMap) -> str:
+    """What the FFN's output is added to."""
+    return "resid_mid" if "resid_mid" in known.taps else "resid"
+
+
+def _count(view: View, layer: int) -> int:
+    """How many experts a layer has: one for each score."""
+    return view.site_width(layer, "router_logits")
+
+
+def _kinds(setting: Setting) -> Tensor:
+    """The ids that occur in the text, ascending."""
+    return torch.from_numpy(np.flatnonzero(np.bincount(setting.data.ids)))
+
+
+def _ones(index: Tensor, experts: Experts) -> Tensor:
+    return torch.ones(len(index), experts.count if experts.per_expert else index.shape[1], device=index.device)
+
+
+def _removal(expert: int, known: Experts | None) -> Change:
+    return Change(f"remove expert {expert}", lambda view, place: silent(view, place, expert, known))
