@@ -241,7 +241,7 @@ def _stages(probes: list[Probe], data: Dataset, reading: Reading, batch_size: in
     """fit, tune, then the training epochs over both, then score; then edits on a sample of what was scored."""
     everything = np.arange(data.num_sequences)
     if reading.rounds > 1:
-        canonical = everything[np.argsort(keyed(data.sequence_hash, seed), kind="stable")]
+        canonical = _canonical(data, seed)
         return Stage("fit", canonical, batch_size), Stage("score", canonical, batch_size, again=True)
     stages, scored, rule = [], everything, reading.split
     if rule is not None:
@@ -258,6 +258,13 @@ def _stages(probes: list[Probe], data: Dataset, reading: Reading, batch_size: in
     if reading.edit_tokens:
         stages.append(Stage("edit", _sampled(data, scored, reading.edit_tokens, seed), batch_size))
     return tuple(stages)
+
+
+def _canonical(data: Dataset, seed: int) -> np.ndarray:
+    """All sequences in an order that follows from the tokens alone, also where documents share a sequence."""
+    cuts = np.bincount(data.document, minlength=data.num_documents)
+    place = np.arange(data.num_sequences) - (np.cumsum(cuts) - cuts)[data.document]
+    return np.lexsort((place, data.document_hash[data.document], keyed(data.sequence_hash, seed)))
 
 
 def _longest_first(data: Dataset, sequences: np.ndarray) -> np.ndarray:

@@ -62,6 +62,8 @@ class Row:
             raise ValueError(f"row {self.metric!r}: give a value or the reason for its absence, not both or neither")
         for name in ("value", "stderr", "low", "high"):
             number = getattr(self, name)
+            if number is not None and type(number) not in (float, int):  # a saved state holds plain numbers only
+                raise ValueError(f"row {self.metric!r}: {name} is a {type(number).__name__}; give a float")
             if number is not None and not math.isfinite(number):
                 raise ValueError(f"row {self.metric!r} layer {self.layer}: {name} is {number}; give None and a reason")
 

@@ -122,13 +122,20 @@ def test_every_fit_is_determined_so_that_there_is_a_number_to_compare(name: str)
 
 
 EDITS: dict[str, Probe] = {
-    "orders": Commutativity(kinds=("adjacent", "shuffle", "repeat"), shuffles=2, sample=701, mask_id=3),
-    "parts": Ablation(methods=("zero", "noise"), parts=("ffn", "head", "layer"), residual_weights=(0.5,), mask_id=3),
+    "orders": Commutativity(kinds=("adjacent", "shuffle", "repeat"), shuffles=2, sample=211, mask_id=3),
+    "parts": Ablation(
+        methods=("zero", "noise"),
+        parts=("ffn", "attn", "layer"),
+        schedules=("single",),
+        residual_weights=(0.5,),
+        sample=211,
+        mask_id=3,
+    ),
     "fits": Ablation(
         methods=("mean", "linear", "cosine_adam", "two_linear"),
         parts=("ffn", "attn"),
         schedules=("from_below",),
-        sample=397,
+        sample=211,
         mask_id=3,
         train_epochs=1,
     ),

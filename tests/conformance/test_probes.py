@@ -59,6 +59,9 @@ def probe_of(name: str, options: dict | None = None) -> Probe:
     return kind(**({"mask_id": MASK_ID} if "mask_id" in known else {}) | (options or {}))
 
 
+OF_THE_MODEL = ("share_mha", "share_ffn")  # no layer's number
+
+
 def suited(name: str, family: str) -> str:
     """The family itself, or a sparse one for a probe that takes no others."""
     return "mixtral" if name in SPARSE else family
@@ -92,8 +95,12 @@ def test_rows_are_rows_of_this_probe(name: str, family: str):
     for row in first:
         assert row.metric in METRICS[name].split()
         assert row.probe == name and row.model == view.name and row.dtype == "float32" and row.tokens == data.num_tokens
-        assert row.unit and row.layer is not None and 0 <= row.layer <= view.num_layers
-        assert row.layer_to is None or row.layer <= row.layer_to <= view.num_layers
+        assert row.unit
+        if row.metric in OF_THE_MODEL:
+            assert row.layer is None and row.layer_to is None
+        else:
+            assert row.layer is not None and 0 <= row.layer <= view.num_layers
+            assert row.layer_to is None or row.layer <= row.layer_to <= view.num_layers
         if row.value is None:
             assert row.reason
         else:
@@ -168,10 +175,10 @@ class _Stop:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.2, 0.4, 0.6, 0.8, 0.97])
+@pytest.mark.parametrize("share", [0.2, 0.55, 0.97])
 def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_rows(share: float, tmp_path):
     """Between any two batches, and between two edited models of one batch."""
-    view, data = view_of("mixtral"), text(47)
+    view, data = view_of("mixtral", torch.float32), text(37)
     probes = [probe_of(name, FEW_EDITS.get(name)) for name in NAMES]
     counted = _Stop(-1)
     whole = tx.measure(view, probes, data, batch_size=11, progress=counted)

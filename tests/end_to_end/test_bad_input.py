@@ -95,9 +95,7 @@ def test_models_that_cannot_be_edited_so(tokens: Path, tmp_path: Path):
 
     _assert_refused(refused(looped, "commutativity"), "commutativity: looped", "in a loop")
     _assert_refused(refused(looped, "ablation"), "ablation: looped", "in a loop", "ablation.parts=[ffn, attn]")
-    _assert_refused(
-        refused(shared, "ablation", "methods=[noise]", "parts=[ffn]"), "of shared shares its weights"
-    )
+    _assert_refused(refused(shared, "ablation", "methods=[noise]", "parts=[ffn]"), "of shared shares its weights")
     assert contents(tmp_path / "run") == set()
 
 

@@ -43,7 +43,7 @@ def test_readme_names_folders_that_exist() -> None:
 
 
 def test_probe_of_the_docs_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = fences("docs/add_a_probe.md", "python")
+    code = fences("docs/add_a_probe.md", "python")[0]
     (tmp_path / "update_share.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "update_share", raising=False)
@@ -58,3 +58,20 @@ def test_probe_of_the_docs_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert row.value == pytest.approx(float(attn / (attn + ffn)), rel=1e-12)
         assert row.low < row.value < row.high
     assert len(table) == 3
+
+
+def test_probe_with_edits_of_the_docs_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ends.py").write_text(fences("docs/add_a_probe.md", "python")[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ends", raising=False)
+    kind = registry.load("transect.probes", "ends:Ends", Probe)
+    view = tx.View(tiny_model("gpt2", torch.float64, 0, 3), name="gpt2")
+    ids = torch.randint(5, 90, (23, 13), generator=torch.Generator().manual_seed(3))
+    table = tx.measure(view, [kind()], tx.data.from_tokens(ids))
+    for layer in (0, 2):
+        (row,) = table.where(metric="loss", layer=layer).rows
+        with tx.edits.remove(view, "layer", layer):
+            logits = view.logits(ids)[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        assert row.value == pytest.approx(float(loss), rel=1e-12)
+        assert row.edit == f"without layer {layer}" and row.stderr > 0

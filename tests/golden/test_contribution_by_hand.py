@@ -100,7 +100,7 @@ def samples(name: str, fit: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens whose labels count, and tokens that centres are fitted on."""
     data, positions = shown(name, seed), 101 if name == "bert" else POSITIONS
     sample = sample_tokens(data, positions, seed, among=data.target != NONE)
-    return sample, sample_tokens(data, positions, seed) if name == "bert" and fit == "all" else sample
+    return sample, sample_tokens(data, positions, seed + 1) if name == "bert" and fit == "all" else sample
 
 
 def labels(name: str, place: int, number: int, sample: np.ndarray, fitted: np.ndarray, raw: bool, seed: int = 0):

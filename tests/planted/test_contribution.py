@@ -163,7 +163,8 @@ def test_post_norm_a_norm_belongs_to_the_sub_layer_before_it():
 def test_a_copy_of_the_target_is_worth_its_entropy(name: str, state: str, teller: str):
     """Also where centres are fitted on a sample, and for a masked model only masked positions count."""
     other = "attn" if teller == "ffn" else "ffn"
-    one = probe(name, mi_state=state, mi_positions=151, tp_min_count=2, estimators=tuple(VARIANTS))
+    sampled = {"mi_positions": 151, "mi_fit_positions": "masked"}
+    one = probe(name, mi_state=state, tp_min_count=2, estimators=tuple(VARIANTS), **sampled)
     table = measured(view_of(name), one, words(), {(teller, 1): "tell", (other, 1): "silent"})
     data = asked(one, words())
     assert data.target is not None
@@ -347,6 +348,20 @@ def test_shares_of_the_rows_follow_from_their_levels(start: str, negative: str):
 _PLACES = (("resid", 0), ("resid_mid", 0), ("resid", 1), ("resid_mid", 1), ("resid", 2))
 
 
+def test_clipped_losses_keep_the_steps_that_fall():
+    one = probe(ratio_negative="clip", estimators=("lens_loss",))
+    table = tx.measure(view_of("gpt2"), [one], text(), batch_size=32)
+    steps = [
+        value(table, variant="causal/increment", element=element, layer=layer)
+        for layer in range(2)
+        for element in ("attn", "ffn")
+    ]
+    kept = np.minimum(steps, 0)
+    assert kept.sum() < -1 and max(steps) > 0.1
+    for metric, own in (("share_mha", kept[::2]), ("share_ffn", kept[1::2])):
+        assert value(table, metric=metric, variant="lens") == pytest.approx(own.sum() / kept.sum(), abs=1e-12)
+
+
 # --- options ------------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +446,16 @@ def test_default_number_of_clusters(tokens: int, options: dict, clusters: int):
     data = from_tokens(np.random.default_rng(0).integers(FIRST_TEXT_ID, VOCAB, (1, tokens)), seq_len=60)
     plan = tx.plan(view_of("gpt2"), [Contribution(estimators=("mutual_information",), mi_seeds=1, **options)], data)
     assert plan.passes[0].probes[0].start(plan.passes[0].settings[0], None).sample.clusters == clusters
+
+
+@pytest.mark.parametrize(("fit", "low", "high"), [("all", 0.2, 0.4), ("masked", 1, 1)])
+def test_centres_are_fitted_on_masked_positions_as_often_as_there_are(fit: str, low: float, high: float):
+    """Also where the sample is smaller than the text: it must not be drawn by what drew the masks."""
+    one = probe("bert", mask_rate=0.3, mi_positions=251, mi_fit_positions=fit)
+    (item,) = tx.plan(view_of("bert"), [one], words()).passes
+    fits = one.start(item.settings[0], None).sample.fits.numpy()
+    assert fits.sum() == 251 and item.data.target is not None
+    assert low <= (item.data.target[fits] != NONE).mean() <= high
 
 
 def test_a_causal_target_never_lies_in_another_sequence():
@@ -640,7 +665,7 @@ def test_wrong_options(case: str):
         ("bert", {}, "no tokenizer names its mask token; give --set contribution.mask_id=ID"),
         ("bert", {"mask_id": VOCAB}, f"mask_id {VOCAB} is out of range; .* has ids 0 to {VOCAB - 1}"),
         ("gpt2", {"objective": "masked"}, "give --set contribution.mask_id=ID"),
-        ("gpt2", {"mi_clusters": 97, "mi_positions": 90}, "90 states for 97 clusters"),
+        ("gpt2", {"mi_clusters": 97, "mi_positions": 90}, "97 clusters need as many states, the text has 90 to"),
     ],
 )
 def test_what_cannot_be_asked(name: str, options: dict, words_: str):

@@ -120,15 +120,15 @@ SMALL = ["--set", "ablation.sample=99", "--set", "commutativity.sample=99", "--s
 
 def test_all_probes_are_measured_when_asked_for(tokens: Path, tmp_path: Path):
     sparse = saved_model(tmp_path / "sparse", "mixtral")
-    arguments = ["--tokens", tokens, "--seq-len", 23, "--probe", "all", "--dtype", "float64"]
-    said = _said("measure", sparse, *arguments, *SMALL, "--output", tmp_path / "run")
+    arguments = ["--tokens", tokens, "--seq-len", 23, "--dtype", "float64", "--probe"]
+    said = _said("measure", sparse, *arguments, "all", *SMALL, "--output", tmp_path / "run")
     assert all(f"\n{name}: " in said for name in PROBES), said
     assert {row.probe for row in Table.read(tmp_path / "run")} == set(PROBES)
     dense = saved_model(tmp_path / "dense")
-    said = _said("measure", dense, *arguments, *SMALL, "--output", tmp_path / "other")
+    said = _said("measure", dense, *arguments, "all", *SMALL, "--output", tmp_path / "other")
     assert "note    routing is left out: no layer of dense has a sparse FFN" in said
     assert {row.probe for row in Table.read(tmp_path / "other")} == set(PROBES) - {"routing"}
-    asked = command("measure", dense, *arguments, "--probe", "routing")
+    asked = command("measure", dense, *arguments, "routing")
     assert (
         asked.code == 2 and asked.err.startswith("transect: routing: no layer of dense") and asked.err.count("\n") == 1
     )

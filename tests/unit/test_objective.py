@@ -174,7 +174,7 @@ def test_a_sample_among_some_tokens():
 
 def test_the_causal_objective_of_a_model_is_told_by_the_model():
     from plants import view_of
-    from transect.probes._targets import objective_for
+    from transect.targets import objective_for
 
     assert objective_for(view_of("gpt2"), "ablation", "auto", None, 0.15) == CAUSAL
     assert objective_for(view_of("bert"), "ablation", "auto", MASK, 0.15) == MASKED

@@ -85,5 +85,5 @@ def test_from_outside(monkeypatch: pytest.MonkeyPatch):
 
 def test_probes_by_attribute():
     assert probes.Nonlinearity is registry.load("transect.probes", "nonlinearity", Probe)
-    with pytest.raises(AttributeError, match="probes are jump, nonlinearity, similarity"):
+    with pytest.raises(AttributeError, match="probes are ablation, commutativity, contribution, jump"):
         _ = probes.Absent

@@ -58,4 +58,4 @@ def jackknife(value: float, left_out: list[float]) -> Error | None:
         return None
     values = np.asarray(left_out)
     stderr = float(np.sqrt((groups - 1) / groups * np.square(values - values.mean()).sum()))
-    return Error(stderr, value - 1.96 * stderr, value + 1.96 * stderr)
+    return Error(stderr, float(value) - 1.96 * stderr, float(value) + 1.96 * stderr)

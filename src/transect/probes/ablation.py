@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from transect.effects import Effects, evaluation_rows, fixed_order, measured
 from transect.errors import InputError
 from transect.parallel import on_every_core
-from transect.probes._effects import Effects, evaluation_rows, fixed_order, measured
 from transect.probes._replacements import FITTED, METHODS, TRAINED, Replacement, change
-from transect.probes._targets import Asked, check_objective, objective_for
 from transect.probes.base import Outcome, Probe, Reading, Setting, Sight, SplitRule
 from transect.results import Row
+from transect.targets import Asked, check_objective, objective_for
 from transect.view import edits
 from transect.view.capture import Seen
 from transect.view.sites import ELEMENTS, Element, present

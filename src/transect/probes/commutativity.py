@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from transect.effects import Effects, Measured, evaluation_rows, fixed_order, measured
 from transect.errors import InputError
-from transect.probes._effects import Effects, Measured, evaluation_rows, fixed_order, measured
-from transect.probes._targets import Asked, check_objective, objective_for
 from transect.probes.base import Outcome, Probe, Reading, Setting
 from transect.results import Row
+from transect.targets import Asked, check_objective, objective_for
 from transect.view.variants import Variant
 from transect.view.view import View
 

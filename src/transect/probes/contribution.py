@@ -17,9 +17,9 @@ from transect.metrics.kmeans import start_work
 from transect.metrics.prototypes import Prototypes, PrototypeSums, hits, prototypes
 from transect.probes._information import GROUPS, Clusters
 from transect.probes._levels import Derived, Estimate, Place, Rule, places_of, rows_of, share_reason
-from transect.probes._targets import Asked, check_objective, objective_for
 from transect.probes.base import Probe, Reading, Setting, Sight
 from transect.results import Row
+from transect.targets import Asked, check_objective, objective_for
 from transect.view.capture import Seen
 from transect.view.lens import Lens
 from transect.view.view import View
@@ -210,8 +210,14 @@ class Contribution(Probe):
         mi = sample_tokens(data, self.mi_positions, seed, among=asked)
         fitted = mi
         if self._asked(setting.view).kind == "masked" and self.mi_fit_positions == "all":
-            fitted = sample_tokens(data, self.mi_positions, seed)
+            # Not by the hash that drew the masks: its smallest values are those of masked tokens.
+            fitted = sample_tokens(data, self.mi_positions, seed + 1)
         clusters = self.mi_clusters or max(2, min(_MOST_CLUSTERS, len(mi) // _PER_CLUSTER))
+        if self._measures("mutual_information") and clusters > len(fitted):
+            raise InputError(
+                f"contribution: {clusters} clusters need as many states, the text has {len(fitted)} to fit them on; "
+                "give more text or a smaller contribution.mi_clusters"
+            )
         counts = np.bincount(data.target[asked], minlength=1)
         kept = np.flatnonzero(counts >= self.tp_min_count)
         number = np.full(len(counts), -1, dtype=np.int32)

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transect.effects import Effects, measured
 from transect.errors import InputError
 from transect.parallel import on_every_core
-from transect.probes._effects import Effects, measured
 from transect.probes._fits import GROUPS
 from transect.probes._routing_rows import kind_rows, linear_rows, pair_rows, spread_rows
 from transect.probes._routing_sums import LayerSums, Tokens
-from transect.probes._targets import Asked, check_objective, objective_for
 from transect.probes.base import Outcome, Probe, Reading, Setting, Sight, SplitRule
 from transect.results import Row
+from transect.targets import Asked, check_objective, objective_for
 from transect.view.capture import Seen
 from transect.view.experts import Experts, choices, experts_of, one, silent
 from transect.view.layout import LayerMap
