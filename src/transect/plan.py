@@ -224,7 +224,7 @@ def _passes(
         names = ", ".join(probe.name for probe in probes if not probe.by_layer)
         raise InputError(
             f"not enough memory: {names} on this text takes {memory.readable(fixed)} for sums, "
-            f"{memory.readable(room)} may be used; measure less text"
+            f"{memory.readable(room)} may be used; {_savings(probe for probe in probes if not probe.by_layer)}"
         )
     groups = _layer_groups([probe for probe in probes if probe.by_layer], whole, room - fixed)
     passes = []
@@ -292,13 +292,18 @@ def _layer_groups(probes: list[Probe], whole: Setting, room: int) -> list[tuple[
             need = sum(probe.memory(replace(whole, layers=(layer,))) for probe in probes)
             raise InputError(
                 f"not enough memory: one layer of {whole.view.name} needs {memory.readable(need)} for its sums, "
-                f"{memory.readable(max(room, 0))} may be used; give fewer elements or a projection (`project`)"
+                f"{memory.readable(max(room, 0))} may be used; {_savings(probes)}"
             )
         groups.append(current)
         current = (layer,)
         if sum(probe.memory(replace(whole, layers=current)) for probe in probes) > room:
-            raise InputError(f"not enough memory for layer {layer} of {whole.view.name}; give fewer elements")
+            raise InputError(f"not enough memory for layer {layer} of {whole.view.name}; {_savings(probes)}")
     return [*groups, current]
+
+
+def _savings(probes: Iterable[Probe]) -> str:
+    """What to do about sums that do not fit."""
+    return ", or ".join(dict.fromkeys(probe.saving for probe in probes))
 
 
 def _dtype(view: View) -> str:

@@ -90,6 +90,7 @@ class Ablation(Probe):
 
     title: ClassVar[str] = "What breaks when a part goes"
     source: ClassVar[str] = "arXiv 2101.04547"
+    saving: ClassVar[str] = "measure fewer parts or methods at a time"
     costly: ClassVar[bool] = True
 
     parts: tuple[str, ...] = ("ffn", "attn", "layer")

@@ -130,6 +130,7 @@ class Probe(ABC):
     title: ClassVar[str]
     source: ClassVar[str]
     by_layer: ClassVar[bool] = False  # whether layers can be measured in different passes
+    saving: ClassVar[str] = "measure less text"  # what to do where its sums do not fit into memory
     costly: ClassVar[bool] = False  # whether it runs the model many times, and only when asked for by name
 
     @property

@@ -105,6 +105,7 @@ class Contribution(Probe):
 
     title: ClassVar[str] = "Who predicts the token"
     source: ClassVar[str] = "arXiv 2403.02436"
+    saving: ClassVar[str] = "set a smaller contribution.mi_clusters or measure less text"
 
     estimators: tuple[str, ...] = ESTIMATORS
     mi_clusters: int | None = None

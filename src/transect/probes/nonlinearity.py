@@ -89,6 +89,7 @@ class Nonlinearity(Probe):
 
     title: ClassVar[str] = "How non-linear each element is"
     source: ClassVar[str] = "arXiv 2101.04547"
+    saving: ClassVar[str] = "give fewer elements or a projection (`project`)"
     by_layer: ClassVar[bool] = True
 
     elements: tuple[str, ...] = tuple(ELEMENTS)

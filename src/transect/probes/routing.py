@@ -79,6 +79,7 @@ class Routing(Probe):
 
     title: ClassVar[str] = "Which experts do what"
     source: ClassVar[str] = "arXiv 2409.02060"
+    saving: ClassVar[str] = "set routing.linearity=false"
     by_layer: ClassVar[bool] = True
     costly: ClassVar[bool] = True
 
