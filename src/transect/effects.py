@@ -125,10 +125,11 @@ def fixed_order(view: View) -> str | None:
 
 
 def evaluation_rows(effects: Effects, setting: Setting, variants: Sequence[Variant], probe: str) -> Iterator[Row]:
-    """How many layers each batch ran, and how many more it would have run without sharing."""
+    """How many layers each sequence went through, and how many more it would have gone through without sharing."""
     naive = planned_evaluations(variants, setting.view.num_layers)[1]
     done = effects.layers_run / max(effects.batches, 1)
-    common = {"metric": "layer_evaluations", "unit": "layers", "edit": probe, "n": effects.batches, "layer": 0}
+    count = len(setting.edit_sequences)
+    common = {"metric": "layer_evaluations", "unit": "layers", "edit": probe, "n": count, "layer": 0}
     common |= {"layer_to": setting.view.num_layers - 1, "documents": setting.units}
     yield Row(value=done, variant="done", **common)
     yield Row(value=naive - done, variant="saved", **common)

@@ -17,6 +17,7 @@ from transect.view.view import View
 
 SHARE = 0.6  # of the free memory that states may take; the rest is for activations, solving and saving
 TRAIN_BATCH = 64
+BATCH_WORK = 1e13  # operations in a batch of edited models
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -233,8 +234,20 @@ def _passes(
         settings = tuple(replace(whole, layers=group) if probe.by_layer else whole for probe in members)
         size = sum(probe.memory(setting) for probe, setting in zip(members, settings, strict=True))
         full = any(probe.wants_padding() for probe in members)
-        passes.append(Pass(members, settings, shown, stages, size, full))
+        item = Pass(members, settings, shown, stages, size, full)
+        passes.append(replace(item, stages=tuple(_short(stage, item) for stage in stages)))
     return passes
+
+
+def _short(stage: Stage, item: Pass) -> Stage:
+    """An edit stage in batches so small that what a stop loses, one batch, is a minute or so; others as they are."""
+    if stage.phase != "edit":
+        return stage
+    view = item.settings[0].view
+    layers = sum(p.numel() for layer in view.layers for p in layer.parameters()) / view.num_layers * item.layers_run()
+    heads = view.vocab_size * view.width * (item.edits + 1) * view.has_head
+    sequences = int(BATCH_WORK / (2 * (layers + heads) * item.data.seq_len))
+    return replace(stage, batch_size=max(1, min(stage.batch_size, sequences)))
 
 
 def _stages(probes: list[Probe], data: Dataset, reading: Reading, batch_size: int, seed: int) -> tuple[Stage, ...]:
