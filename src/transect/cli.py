@@ -98,7 +98,8 @@ def edit(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="The new model folder.")],
     remove: Annotated[
-        list[str] | None, typer.Option(help="PART:LAYER with ffn, attn or layer, or head:LAYER.HEAD; repeatable.")
+        list[str] | None,
+        typer.Option(help="ffn:LAYER, attn:LAYER, layer:LAYER, head:LAYER.HEAD or expert:LAYER.EXPERT; repeatable."),
     ] = None,
     order: Annotated[str | None, typer.Option(help="All layers that run, as in 0,2,1.")] = None,
     swap: Annotated[list[str] | None, typer.Option(help="Two layers, as in 4,5; repeatable.")] = None,
@@ -167,7 +168,7 @@ def fetch(
 
 
 _INTERRUPTED = 130
-_STOPPED = "stopped; a run with --output goes on with the same command and --resume"
+_STOPPED = "stopped; a measurement with --output goes on with the same command and --resume"
 
 
 def main() -> None:

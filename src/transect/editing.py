@@ -62,11 +62,15 @@ def _removal(word: str) -> Removal:
     part, _, place = word.partition(":")
     if part not in PARTS:
         raise InputError(f"--remove {word!r}: unknown part {part!r}; parts are {', '.join(PARTS)}, as in ffn:3")
-    form, example = (r"(\d+)\.(\d+)", "head:3.0 for head 0 of layer 3") if part == "head" else (r"(\d+)", f"{part}:3")
+    inner = part in ("head", "expert")
+    form, example = (r"(\d+)\.(\d+)", f"{part}:3.0 for {part} 0 of layer 3") if inner else (r"(\d+)", f"{part}:3")
     found = re.fullmatch(form, place, flags=re.ASCII)
     if found is None:
         raise InputError(f"--remove {word!r} is not understood; write {example}")
-    return Removal(part, *map(int, found.groups()))
+    layer, *index = map(int, found.groups())
+    if part == "expert":
+        return Removal(part, layer, expert=index[0])
+    return Removal(part, layer, head=index[0] if inner else None)
 
 
 def _swap(word: str) -> tuple[int, int]:

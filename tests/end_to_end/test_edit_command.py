@@ -82,7 +82,7 @@ def _assert_refused(outcome: Outcome, *words: str) -> None:
 
 WRONG: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "nothing": ([], ("nothing to change", "--remove")),
-    "unknown part": (["--remove", "mlp:1"], ("'mlp:1'", "attn, ffn, head, layer")),
+    "unknown part": (["--remove", "mlp:1"], ("'mlp:1'", "attn, ffn, head, expert, layer")),
     "part without a layer": (["--remove", "ffn"], ("'ffn'", "ffn:3")),
     "part with a head": (["--remove", "ffn:1.2"], ("'ffn:1.2'", "ffn:3")),
     "head without a number": (["--remove", "head:1"], ("'head:1'", "head:3.0")),

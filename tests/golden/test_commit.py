@@ -292,7 +292,11 @@ def test_the_order_in_which_changes_are_made(case):
 
 
 WRONG = {
-    "unknown part": (Changes(removed=(Removal("mlp", 0),)), "unknown part 'mlp'; parts are attn, ffn, head, layer"),
+    "unknown part": (
+        Changes(removed=(Removal("mlp", 0),)),
+        "unknown part 'mlp'; parts are attn, ffn, head, expert, layer",
+    ),
+    "no such expert": (Changes(removed=(Removal("expert", 0, expert=7),)), "has no experts"),
     "part beyond": (Changes(removed=(Removal("ffn", 3),)), "layer 3 does not exist; the model has layers 0 to 2"),
     "negative": (Changes(swapped=((-1, 0),)), "layer -1 does not exist"),
     "head beyond": (Changes(removed=(Removal("head", 0, 4),)), "head is 4; layer 0 has heads 0 to 3"),
@@ -382,3 +386,20 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "edited" / "mine.txt").unlink()
     commit(view_of("gpt2"), EDITS["ffn"][0], tmp_path / "edited")
     assert (tmp_path / "edited" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_a_removed_expert_is_zero_in_its_slice_of_every_stacked_weight(name, tmp_path, generator):
+    view = View(tiny_model(name, torch.float32, 0, 3))
+    layer = next(place for place in (2, 1, 0) if view.maps[place].sparse)
+    done = commit(view, Changes(removed=(Removal("expert", layer, expert=3),)), tmp_path / "edited")
+    again = reloaded(view, done.folder)
+    ids = random_ids((3, 11), generator)
+    with edits.remove(view, "expert", layer, expert=3):
+        assert torch.equal(outputs(again, ids), outputs(view.model, ids))
+    before, after = dict(view.model.named_parameters()), dict(again.named_parameters())
+    for path in done.weights:
+        assert not after[path][3].any() and before[path][3].any()
+        assert torch.equal(after[path][:3], before[path][:3])
+    changed = {path for path in before if not torch.equal(before[path], after[path])}
+    assert changed == set(done.weights) and len(changed) >= 2

@@ -25,7 +25,7 @@ from transect.view.tensors import logits_of
 if TYPE_CHECKING:
     from transect.view.view import View
 
-PARTS = ("attn", "ffn", "head", "layer")
+PARTS = ("attn", "ffn", "head", "expert", "layer")
 
 LENGTHS = (1, 7, 43)
 """Positions of the rows on which the checkpoint is compared, as far as the model takes them."""
@@ -33,14 +33,21 @@ LENGTHS = (1, 7, 43)
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """One part that is taken out: `attn`, `ffn`, `head` or `layer`."""
+    """One part that is taken out: `attn`, `ffn`, one `head`, one `expert` or the whole `layer`."""
 
     part: str
     layer: int
     head: int | None = None
+    expert: int | None = None
+
+    @property
+    def index(self) -> int | None:
+        """Which head or expert."""
+        return self.expert if self.part == "expert" else self.head
 
     def __str__(self) -> str:
-        return f"removed {self.part} {self.layer}" if self.head is None else f"removed head {self.head} of {self.layer}"
+        whole = f"removed {self.part} {self.layer}"
+        return whole if self.index is None else f"removed {self.part} {self.index} of {self.layer}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +125,9 @@ def commit(view: "View", changes: Changes, folder: str | os.PathLike[str]) -> Co
     The folder reloads in the view's dtype to logits (without a head: last hidden states) that equal those of the same
     edit made with `transect.edits`, on seeded random tokens; else nothing is written. A removed `attn` or `ffn` has
     its last linear map and bias at zero, or the weight of the branch's own output norm at the number that silences it;
-    a removed head the columns that read it; repeated layers are copies. Raises InputError for changes that do not fit
-    the model, that its architecture cannot express, and for a folder that is not empty or cannot be written to.
+    a removed head the columns that read it, a removed expert its slice of every stacked weight; repeated layers are
+    copies. Raises InputError for changes that do not fit the model, that its architecture cannot express, and for a
+    folder that is not empty or cannot be written to.
     Cost: memory for two models, five to ten short forward passes for each removed part.
     """
     target = check_target(folder)
@@ -136,7 +144,7 @@ def commit(view: "View", changes: Changes, folder: str | os.PathLike[str]) -> Co
             values: Values = {}
             for removal in changes.removed:
                 if removal.part != "layer":
-                    values = silenced(view, removal.part, removal.layer, removal.head, values)
+                    values = silenced(view, removal.part, removal.layer, removal.index, values)
             note = _note(view, changes)
             _save(view, order, values, note, partial)
             _compare(view, partial, batches, expected)
@@ -189,7 +197,7 @@ def _temporary(view: "View", changes: Changes, order: tuple[int, ...]) -> Iterat
     with ExitStack() as stack:
         for removal in changes.removed:
             if removal.part != "layer":
-                stack.enter_context(edits.remove(view, removal.part, removal.layer, removal.head))
+                stack.enter_context(edits.remove(view, removal.part, removal.layer, removal.head, removal.expert))
         if order != tuple(range(view.num_layers)):
             stack.enter_context(edits.order(view, order))
         yield

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from transect.view.experts import experts_of, one
 from transect.view.kinds import below, is_experts, is_linear
 from transect.view.order import _PER_LAYER
 
@@ -40,14 +41,16 @@ def refuse_shared(view: "View") -> None:
         raise InexpressibleError("its layers share their weights, so that none can be changed or moved by itself")
 
 
-def silenced(view: "View", part: str, layer: int, head: int | None, values: Values) -> Values:
-    """The values with those added that make `attn`, `ffn` or a `head` of a layer add exactly zero to the stream.
+def silenced(view: "View", part: str, layer: int, index: int | None, values: Values) -> Values:
+    """The values with those added that make `attn`, `ffn`, a `head` or an `expert` add exactly zero to the stream.
 
     Tried in this order: the branch's own output norm, its last linear map, and for a sparse FFN the last maps of its
     experts and of what is added to them. Raises InexpressibleError when none makes the branch zero.
     """
     if part == "head":
-        return values | _without_head(view, layer, int(head or 0), values)
+        return values | _without_head(view, layer, int(index or 0), values)
+    if part == "expert":
+        return values | _without_expert(view, layer, int(index or 0), values)
     site = f"{part}_out"
     for found in _candidates(view, part, layer):
         new = values | _named(view, layer, found)
@@ -130,6 +133,25 @@ def _without_head(view: "View", layer: int, head: int, values: Values) -> Values
             if torch.equal(projection(seen), projection(torch.zeros_like(seen))):
                 return {name: new}
     raise InexpressibleError(f"no rows or columns of the output projection of layer {layer} read head {head} alone")
+
+
+def _without_expert(view: "View", layer: int, expert: int, values: Values) -> Values:
+    """Every stacked weight of the experts with zeros in one expert's slice: what it computes is exactly zero."""
+    experts = experts_of(view, layer)
+    module = view.layers[layer].get_submodule(experts.path)
+    stacked = [weight for weight in module.parameters() if weight.ndim > 1 and len(weight) == experts.count]
+    new = {
+        name: values.get(name, weight.detach()).clone()
+        for weight in stacked
+        for name in _named(view, layer, {weight: weight})
+    }
+    for value in new.values():
+        value[expert] = 0
+    x = torch.randn(3, view.width, generator=torch.Generator().manual_seed(0)).to(view.device, view.dtype)
+    with torch.no_grad(), replaced(view.model, new):
+        if not one(view, layer, expert, x, experts).any():
+            return new
+    raise InexpressibleError(f"layer {layer} has no weights that can be zero so that expert {expert} is")
 
 
 @contextmanager
