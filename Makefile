@@ -17,7 +17,8 @@ run: setup $(MODELS:%=material/%/config.json)
 	@echo "== measure a real encoder and a real decoder on the built-in text, $(TOKENS) tokens each"
 	@rm -rf $(OUT)
 	@for model in $(MODELS); do \
-		$(BIN)/transect measure material/$$model --limit-tokens $(TOKENS) --output $(OUT)/$$model || exit 1; done
+		$(BIN)/transect measure material/$$model --limit-tokens $(TOKENS) --set contribution.lens_tokens=1024 \
+			--output $(OUT)/$$model || exit 1; done
 	@$(BIN)/transect report $(MODELS:%=$(OUT)/%) -o $(OUT)/report.html
 	@echo "== open $(OUT)/report.html in a browser"
 
@@ -28,7 +29,7 @@ results: setup $(MODELS:%=material/%/config.json)
 	$(BIN)/transect measure material/smollm2 --probe contribution --set contribution.mi_clusters=2000 \
 		--limit-tokens 210000 --output $(OUT)/results/smollm2
 	$(BIN)/transect measure material/smollm2 $(EDITS) --limit-tokens 210000 \
-		--set commutativity.kinds=[pairs,shuffle,repeat] --set commutativity.shuffles=4 \
+		--set "commutativity.kinds=[pairs,shuffle,repeat]" --set commutativity.shuffles=4 \
 		--set commutativity.sample=512 --set ablation.sample=512 --output $(OUT)/results/smollm2_edits
 	$(BIN)/transect report $(OUT)/results/minilm $(OUT)/results/smollm2 $(OUT)/results/smollm2_edits -o $(OUT)/results/report.html
 

@@ -1,5 +1,6 @@
 """Fixtures that every part of the suite shares."""
 
+import signal
 import zlib
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job, where Ctrl-C would test nothing
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MATERIAL = Path(__file__).resolve().parents[1] / "material"
 
