@@ -715,3 +715,12 @@ def test_the_command_line(tmp_path):
     done = command(*start, "--set", "contribution.mask_id=3", "--output", tmp_path / "run")
     assert (done.code, done.err) == (0, "")
     assert {row.metric for row in Table.read(tmp_path / "run")} >= {"mutual_information", "lens_loss", "share_mha"}
+
+
+def test_seeds_that_disagree_on_the_gain_leave_no_share():
+    alone = Error(0.1, 0.3, 0.7)
+    assert share_reason(0.5, alone) is None
+    both = contribution._with_seeds(alone, np.array([0.1, 0.9]))
+    assert both is not None and both.stderr == pytest.approx(np.hypot(0.1, 0.4), rel=1e-12)
+    assert "within two errors" in str(share_reason(0.5, both))
+    assert contribution._with_seeds(alone, np.array([0.5])) is alone and contribution._with_seeds(None, np.array([0.1, 0.9])) is None

@@ -337,10 +337,12 @@ class Contribution(Probe):
         errors = [
             jackknife(v, list(rest)) if several else None for v, rest in zip(derived[0], derived[1:].T, strict=True)
         ]
+        by_seed = derive(levels[:, 0])
+        errors[-3] = _with_seeds(errors[-3], by_seed[:, -3])  # the total gain's decides whether there are shares
         documents = len(np.unique(unit_of))
         estimate = Estimate("mutual_information", "nats", self.mi_state, "MI", derived[0], errors, len(mi), documents)
         yield from rows_of(estimate, state.places)
-        yield from _over_seeds(derive(levels[:, 0]), share_reason(derived[0, -3], errors[-3]), estimate)
+        yield from _over_seeds(by_seed, share_reason(derived[0, -3], errors[-3]), estimate)
 
     def _prediction_rows(
         self, state: ContributionState, setting: Setting, owners: tuple[str, ...], split: str, column: int
@@ -437,6 +439,14 @@ class _Tokens:
             lens_targets=target[lens].to(device),
             lens_units=units[lens],
         )
+
+
+def _with_seeds(error: Error | None, values: np.ndarray) -> Error | None:
+    """An error over documents with that over k-means seeds added to it, root of the sum of squares."""
+    if error is None or len(values) < 2 or not np.isfinite(values).all():
+        return error
+    stderr = float(np.hypot(error.stderr, values.std(ddof=1) / len(values) ** 0.5))
+    return replace(error, stderr=stderr)
 
 
 def _over_seeds(derived: np.ndarray, reason: str | None, estimate: Estimate) -> Iterator[Row]:
