@@ -723,4 +723,5 @@ def test_seeds_that_disagree_on_the_gain_leave_no_share():
     both = contribution._with_seeds(alone, np.array([0.1, 0.9]))
     assert both is not None and both.stderr == pytest.approx(np.hypot(0.1, 0.4), rel=1e-12)
     assert "within two errors" in str(share_reason(0.5, both))
-    assert contribution._with_seeds(alone, np.array([0.5])) is alone and contribution._with_seeds(None, np.array([0.1, 0.9])) is None
+    assert contribution._with_seeds(alone, np.array([0.5])) is alone
+    assert contribution._with_seeds(None, np.array([0.1, 0.9])) is None
