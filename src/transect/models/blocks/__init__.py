@@ -1,0 +1,1 @@
+"""Layer architectures: one file, one block."""

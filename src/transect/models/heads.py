@@ -1,0 +1,256 @@
+"""The four heads: next token, masked token, a class for a sequence, the best of several choices."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.generation.utils import GenerationMixin
+from transformers.utils.generic import ModelOutput
+
+from transect.errors import InputError
+from transect.models.activations import Activation
+from transect.models.config import ModelConfig
+from transect.models.norms import norm
+from transect.models.transformer import Numbers, TransectConfig, TransectModel, TransectPreTrainedModel, TrunkOutput
+
+IGNORED = -100
+
+
+@dataclass
+class HeadOutput(ModelOutput):
+    """loss = losses["main"] + every other loss, where labels were given; logits; and what the trunk returns."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    losses: Numbers | None = None
+    stats: Numbers | None = None
+
+
+def output_of(trunk: TrunkOutput, logits: Tensor, main: Tensor | None) -> HeadOutput:
+    """The head's output, with the losses summed where there is a main one."""
+    losses = dict(trunk.losses or {})
+    if main is not None:
+        losses = {"main": main, **losses}
+    return HeadOutput(
+        loss=None if main is None else torch.stack([loss.to(main.dtype) for loss in losses.values()]).sum(),
+        logits=logits,
+        past_key_values=trunk.past_key_values,
+        hidden_states=trunk.hidden_states,
+        losses=losses,
+        stats=trunk.stats,
+    )
+
+
+class VocabularyHead(nn.Module):
+    """logits = decoder(N(act(dense(x)))), or only decoder(x) where the settings have no transform."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.dense = self.act = self.norm = None
+        if model.head.transform != "none":
+            self.dense = nn.Linear(model.width, model.width)
+            self.act = Activation(model.head.transform)
+            self.norm = norm(model.norm, model.width)
+        self.decoder = nn.Linear(model.width, model.vocab_size, bias=model.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dense is not None and self.act is not None and self.norm is not None:
+            x = self.norm(self.act(self.dense(x)))
+        return self.decoder(x)
+
+
+class _ForTokens(TransectPreTrainedModel):
+    """A trunk and a map to the vocabulary."""
+
+    objective: ClassVar[str]
+
+    def __init__(self, config: TransectConfig) -> None:
+        super().__init__(config)
+        settings = config.settings
+        if settings.objective != self.objective:
+            raise InputError(f"objective is {settings.objective!r}: a {type(self).__name__} needs {self.objective!r}")
+        self.model = TransectModel(config)
+        self.head = VocabularyHead(settings)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.head.decoder = new_embeddings
+
+
+class TransectForCausalLM(_ForTokens, GenerationMixin):
+    """Predicts the next token; `generate` works for every block, with and without the cache."""
+
+    objective = "causal"
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"head.decoder.weight": "model.embeddings.tokens.weight"}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+    ) -> HeadOutput | tuple:
+        """labels [batch, positions] are the ids themselves, moved by one here; -100 is not counted.
+
+        main loss: mean cross-entropy in nats over the counted positions. logits_to_keep: the last so many positions.
+        """
+        trunk = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = trunk.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = self.head(hidden)
+        main = None
+        if labels is not None:
+            main = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        output = output_of(trunk, logits, main)
+        return output if return_dict is not False else output.to_tuple()
+
+
+class TransectForMaskedLM(_ForTokens):
+    """Predicts masked tokens from both sides."""
+
+    objective = "masked"
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"head.decoder.weight": "model.embeddings.tokens.weight"}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> HeadOutput | tuple:
+        """labels [batch, positions] are the original ids at masked positions, -100 elsewhere."""
+        trunk = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.head(trunk.last_hidden_state)
+        main = None
+        if labels is not None:
+            main = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        output = output_of(trunk, logits, main)
+        return output if return_dict is not False else output.to_tuple()
+
+
+class Pooler(nn.Module):
+    """One state for a sequence: tanh(dense(first)) of a masked model, the last real token's state of a causal one."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.dense = None if model.causal else nn.Linear(model.width, model.width)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        if self.dense is not None:
+            return torch.tanh(self.dense(hidden[:, 0]))
+        if mask is None:
+            return hidden[:, -1]
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        last = torch.where(mask.bool(), places, -1).amax(1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+class TransectForSequenceClassification(TransectPreTrainedModel):
+    """A class, or with one label a number, for a sequence."""
+
+    def __init__(self, config: TransectConfig) -> None:
+        super().__init__(config)
+        settings = config.settings
+        self.model = TransectModel(config)
+        self.pooler = Pooler(settings)
+        self.dropout = nn.Dropout(settings.classifier_dropout)
+        self.classifier = nn.Linear(settings.width, config.num_labels or 2, bias=not settings.causal)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> HeadOutput | tuple:
+        """labels [batch]: classes, or numbers where there is one label (mean squared error)."""
+        trunk = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.classifier(self.dropout(self.pooler(trunk.last_hidden_state, attention_mask)))
+        main = None
+        if labels is not None and self.config.num_labels == 1:
+            main = F.mse_loss(logits[:, 0], labels.to(logits.dtype))
+        elif labels is not None:
+            main = F.cross_entropy(logits, labels)
+        output = output_of(trunk, logits, main)
+        return output if return_dict is not False else output.to_tuple()
+
+
+class TransectForMultipleChoice(TransectPreTrainedModel):
+    """The best of several continuations of one text: each is read as a sequence of its own and given a score."""
+
+    def __init__(self, config: TransectConfig) -> None:
+        super().__init__(config)
+        settings = config.settings
+        self.model = TransectModel(config)
+        self.pooler = Pooler(settings)
+        self.dropout = nn.Dropout(settings.classifier_dropout)
+        self.classifier = nn.Linear(settings.width, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> HeadOutput | tuple:
+        """input_ids [batch, choices, positions]; logits [batch, choices]; labels [batch]."""
+        batch, choices = input_ids.shape[:2]
+        mask, types = (None if x is None else x.flatten(0, 1) for x in (attention_mask, token_type_ids))
+        trunk = self.model(input_ids=input_ids.flatten(0, 1), attention_mask=mask, token_type_ids=types)
+        scores = self.classifier(self.dropout(self.pooler(trunk.last_hidden_state, mask)))
+        logits = scores.reshape(batch, choices)
+        main = None if labels is None else F.cross_entropy(logits, labels)
+        output = output_of(trunk, logits, main)
+        return output if return_dict is not False else output.to_tuple()

@@ -1,0 +1,1 @@
+"""Rules that pick memory blocks for a token: one file, one selector."""

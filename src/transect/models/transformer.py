@@ -1,0 +1,251 @@
+"""The reference Transformer: embeddings, a stack of layers that may all differ, a final norm; a Hugging Face model."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from transect.errors import InputError
+from transect.models.blocks.base import BlockOutput, build
+from transect.models.config import ModelConfig
+from transect.models.context import Context
+from transect.models.embeddings import Embeddings
+from transect.models.init import draw, rule_for
+from transect.models.masks import Visible
+from transect.models.norms import FINAL, norm
+
+Numbers = dict[str, Tensor]
+
+
+class TransectConfig(PreTrainedConfig):
+    """A `ModelConfig` as Hugging Face keeps it: `architecture` holds the settings, `settings` reads them.
+
+    The usual names (`hidden_size`, `num_hidden_layers`, ...) are there for tools that look for them.
+    """
+
+    model_type = "transect"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "losses", "stats"]
+
+    architecture: dict | None = None
+    use_cache: bool = True
+    is_decoder: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.architecture is not None:
+            settings = ModelConfig.parse(self.architecture)
+            self.architecture = settings.plain()
+            self.tie_word_embeddings = settings.head.tied
+            self.is_decoder = settings.causal
+            if self.pad_token_id is None:
+                self.pad_token_id = settings.pad_token_id
+        super().__post_init__(**kwargs)
+
+    @property
+    def settings(self) -> ModelConfig:
+        """The settings that describe the model; raises InputError where there are none."""
+        if self.architecture is None:
+            raise InputError("this configuration has no architecture; make it with TransectConfig(architecture={...})")
+        return ModelConfig.parse(self.architecture)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.settings.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.settings.width
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.settings.layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.settings.attention.heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.settings.attention.groups
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.settings.max_positions
+
+
+@dataclass
+class TrunkOutput(ModelOutput):
+    """last_hidden_state, after the final norm; hidden_states are resid[0..L], the last one before that norm.
+
+    losses: penalties and balance losses, weighted, to be added to the main loss; stats: numbers for the log.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    losses: Numbers | None = None
+    stats: Numbers | None = None
+
+
+class TransectPreTrainedModel(PreTrainedModel):
+    """What all our models have in common: settings, initial values, what Hugging Face needs to know."""
+
+    config_class = TransectConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+
+    config: TransectConfig
+
+    @classmethod
+    def make(cls, settings: ModelConfig, **config: Any) -> "TransectPreTrainedModel":
+        """A new model with these settings, drawn from torch's current random state; `config` goes to TransectConfig."""
+        return cls(TransectConfig(architecture=settings.plain(), **config))
+
+    @property
+    def settings(self) -> ModelConfig:
+        """The settings that describe the model."""
+        return self.trunk.settings
+
+    @property
+    def trunk(self) -> "TransectModel":
+        """The model without its head."""
+        trunk = self.base_model
+        assert isinstance(trunk, TransectModel)
+        return trunk
+
+    def _init_weights(self, module: nn.Module) -> None:
+        settings = self.settings
+        for name, parameter in module.named_parameters(recurse=False):
+            if not getattr(parameter, "_is_hf_initialized", False):
+                draw(parameter, rule_for(f"{self._path(module)}.{name}", parameter, settings.init), settings.layers)
+
+    def _path(self, module: nn.Module) -> str:
+        """A module's path below the trunk or, in a head, below the whole model; empty where it is in neither."""
+        known = self.__dict__.setdefault("_known_paths", {})
+        if id(module) not in known:
+            known.clear()
+            known.update((id(part), path) for path, part in self.named_modules())
+        return known.get(id(module), "").removeprefix(f"{self.base_model_prefix}.")
+
+
+class TransectModel(TransectPreTrainedModel):
+    """Embeddings, layers, final norm.
+
+    Layers may share weights: `settings.modules` says which of `layers` each place in the stack uses.
+    """
+
+    def __init__(self, config: TransectConfig) -> None:
+        super().__init__(config)
+        settings = self._settings = config.settings
+        self.embeddings = Embeddings(settings)
+        self.layers = nn.ModuleList(build(layer, settings, index) for index, layer in enumerate(settings.layer_configs))
+        self.final_norm = norm(settings.norm, settings.width) if settings.norm.layout in FINAL else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @property
+    def settings(self) -> ModelConfig:
+        return self._settings
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> TrunkOutput | tuple:
+        """attention_mask [batch, keys] is 0 at padding, on either side, cached keys included.
+
+        Positions count real tokens only, unless position_ids are given. `inputs_embeds` stand in for rows of the token
+        table. The cache is made when `use_cache` asks for it; by default only `generate` does.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("give either input_ids or inputs_embeds")
+        embedded = self.embeddings.tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        context = self._context(input_ids, embedded, attention_mask, position_ids, past_key_values)
+        hidden = self.embeddings(embedded, context.positions, token_type_ids)
+        streams: list[Tensor] = []
+        losses: Numbers = {}
+        stats: Numbers = {}
+        for place, index in enumerate(self.settings.modules):
+            streams.append(hidden)
+            made = self._layer(self.layers[index], hidden, context, place)
+            hidden = made.hidden
+            for name, loss in made.losses.items():
+                losses[name] = losses[name] + loss if name in losses else loss
+            stats.update({f"layers.{place}.{name}": number for name, number in made.stats.items()})
+        streams.append(hidden)
+        output = TrunkOutput(
+            last_hidden_state=hidden if self.final_norm is None else self.final_norm(hidden),
+            past_key_values=past_key_values,
+            hidden_states=tuple(streams) if output_hidden_states else None,
+            losses=losses,
+            stats=stats,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _layer(self, layer: nn.Module, hidden: Tensor, context: Context, place: int) -> BlockOutput:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(layer, hidden, context, place, use_reentrant=False)
+        return layer(hidden, context, place)
+
+    def _context(
+        self,
+        ids: Tensor | None,
+        embedded: Tensor,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+    ) -> Context:
+        count, device = embedded.shape[1], embedded.device
+        offset = cache.get_seq_length() if cache is not None else 0
+        real = None if mask is None else mask.to(device).bool()
+        if real is not None and (real.shape[1] != offset + count or real.ndim != 2):
+            raise InputError(
+                f"attention_mask is {tuple(real.shape)}; it must be (batch, {offset + count}), one number for each "
+                "position, cached ones included"
+            )
+        if real is not None and bool(real.all()):
+            real = None
+        if position_ids is not None:
+            positions = position_ids.to(device)
+        elif real is not None:
+            positions = (real.long().cumsum(1) - 1).clamp_min(0)[:, offset:]
+        else:
+            positions = torch.arange(offset, offset + count, device=device)[None]
+        settings = self.settings
+        if settings.positions == "learned" and position_ids is None and offset + count > settings.max_positions:
+            raise InputError(
+                f"{offset + count} positions do not fit: the model has {settings.max_positions} learned ones"
+            )
+        return Context(
+            token_ids=ids,
+            real=None if real is None else real[:, offset:],
+            positions=positions,
+            visible=Visible(count, offset, settings.causal, device, real),
+            rotary=settings.positions == "rotary",
+            cache=cache,
+        )
