@@ -90,8 +90,9 @@ class Selector(nn.Module, ABC):
     needs_token_ids: ClassVar[bool] = False
     cells_only: ClassVar[bool] = False
 
-    @abstractmethod
-    def __init__(self, config: SelectorConfig, shape: Shape) -> None: ...
+    def __init__(self, config: SelectorConfig, shape: Shape) -> None:
+        super().__init__()
+        self.config, self.shape = config, shape
 
     @abstractmethod
     def forward(
