@@ -19,6 +19,9 @@ SCORES = ("loss", "kl", "agreement", "state_change")
 """What is added up for each variant and error unit; all but the last need a head."""
 
 METRICS = ("loss", "loss_change", "kl", "agreement", "state_change")
+BLANK = Row(metric="loss", value=None, unit="nats", reason="not measured")
+"""What the rows of an edited model start from: with its layers, its edit and how it is called they are `like`."""
+
 UNITS = {"loss": "nats", "loss_change": "nats", "kl": "nats", "agreement": "1", "state_change": "1"}
 
 
@@ -85,11 +88,9 @@ class Measured:
             row = replace(like, metric=metric, unit=UNITS[metric], n=count, documents=self.units)
             if not np.isfinite(value):
                 why = "the edited model gives numbers that are not finite" if count else "no position has a target"
-                yield replace(row, value=None, reason=why)
+                yield row.missing(why)
                 continue
-            row = replace(row, value=value, reason=None)
-            error = self.errors[at][column]
-            yield row if error is None else replace(row, stderr=error.stderr, low=error.low, high=error.high)
+            yield row.measured(value, self.errors[at][column])
 
 
 def measured(effects: Effects, setting: Setting) -> Measured:

@@ -69,6 +69,3 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{file} is damaged; give another folder") from error
     return record if isinstance(record, dict) else {}
-
-
-__all__ = ["check_folder", "withdraw", "write_joint"]

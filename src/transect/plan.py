@@ -253,9 +253,10 @@ def _short(stage: Stage, item: Pass) -> Stage:
 def _stages(probes: list[Probe], data: Dataset, reading: Reading, batch_size: int, seed: int) -> tuple[Stage, ...]:
     """fit, tune, then the training epochs over both, then score; then edits on a sample of what was scored."""
     everything = np.arange(data.num_sequences)
-    if reading.rounds > 1:
-        canonical = _canonical(data, seed)
-        return Stage("fit", canonical, batch_size), Stage("score", canonical, batch_size, again=True)
+    if reading.rounds > 1 or reading.canonical:
+        again, canonical = reading.rounds > 1, _canonical(data, everything, seed)
+        first = (Stage("fit", canonical, batch_size),) if again else ()
+        return *first, Stage("score", canonical, batch_size, again=again)
     stages, scored, rule = [], everything, reading.split
     if rule is not None:
         part = assign(data, rule.score_fraction, rule.tune_fraction, rule.method, seed).part
@@ -264,8 +265,7 @@ def _stages(probes: list[Probe], data: Dataset, reading: Reading, batch_size: in
             stages.append(Stage(phase, _longest_first(data, np.flatnonzero(part == code)), batch_size))
         seen = np.flatnonzero(part != SCORE)
         for epoch in range(max(probe.epochs() for probe in probes)):
-            order = np.argsort(keyed(data.sequence_hash[seen], seed + 1 + epoch), kind="stable")
-            stages.append(Stage("train", seen[order], TRAIN_BATCH, epoch))
+            stages.append(Stage("train", _canonical(data, seen, seed + 1 + epoch), TRAIN_BATCH, epoch))
     if reading.observes:
         stages.append(Stage("score", _longest_first(data, scored), batch_size))
     if reading.edit_tokens:
@@ -273,11 +273,15 @@ def _stages(probes: list[Probe], data: Dataset, reading: Reading, batch_size: in
     return tuple(stages)
 
 
-def _canonical(data: Dataset, seed: int) -> np.ndarray:
-    """All sequences in an order that follows from the tokens alone, also where documents share a sequence."""
+def _canonical(data: Dataset, sequences: np.ndarray, seed: int) -> np.ndarray:
+    """The sequences by a hash of (seed, token ids), equal ones by their documents' hashes and their places in these.
+
+    Equal ones are not the same: each document masks its own places.
+    """
     cuts = np.bincount(data.document, minlength=data.num_documents)
-    place = np.arange(data.num_sequences) - (np.cumsum(cuts) - cuts)[data.document]
-    return np.lexsort((place, data.document_hash[data.document], keyed(data.sequence_hash, seed)))
+    document = data.document[sequences]
+    place = sequences - (np.cumsum(cuts) - cuts)[document]
+    return sequences[np.lexsort((place, data.document_hash[document], keyed(data.sequence_hash[sequences], seed)))]
 
 
 def _longest_first(data: Dataset, sequences: np.ndarray) -> np.ndarray:
@@ -285,8 +289,8 @@ def _longest_first(data: Dataset, sequences: np.ndarray) -> np.ndarray:
 
 
 def _sampled(data: Dataset, sequences: np.ndarray, tokens: int, seed: int) -> np.ndarray:
-    """Whole sequences in the order of a hash of (seed, token ids), up to so many tokens, at least one."""
-    order = sequences[np.argsort(keyed(data.sequence_hash[sequences], seed), kind="stable")]
+    """Whole sequences in their canonical order, up to so many tokens, at least one."""
+    order = _canonical(data, sequences, seed)
     within = int(np.searchsorted(np.cumsum(data.lengths[order]), tokens, side="right"))
     return _longest_first(data, order[: max(1, within)])
 

@@ -14,6 +14,8 @@ from transect.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from transect.metrics.errors import Error
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
@@ -66,6 +68,15 @@ class Row:
                 raise ValueError(f"row {self.metric!r}: {name} is a {type(number).__name__}; give a float")
             if number is not None and not math.isfinite(number):
                 raise ValueError(f"row {self.metric!r} layer {self.layer}: {name} is {number}; give None and a reason")
+
+    def measured(self, value: float, error: "Error | None" = None) -> "Row":
+        """The same row with a value and the error that was estimated for it, if any."""
+        stderr, low, high = (None, None, None) if error is None else (error.stderr, error.low, error.high)
+        return replace(self, value=value, reason=None, stderr=stderr, low=low, high=high)
+
+    def missing(self, reason: str) -> "Row":
+        """The same row without a value, for the reason given."""
+        return replace(self, value=None, reason=reason, stderr=None, low=None, high=None)
 
 
 COLUMNS: tuple[str, ...] = (

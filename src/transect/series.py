@@ -143,6 +143,3 @@ def _folders(names: Iterable[str]) -> dict[str, str]:
             folder = f"{plain}-{number}"
         folders[name] = folder
     return folders
-
-
-__all__ = ["Member", "Series", "series_of"]

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from families import EXPERTS, EXPERTS_PER_TOKEN, random_ids, tiny_model
 from transect.errors import InputError
 from transect.view import edits
-from transect.view.experts import Routed, experts_of, routed
+from transect.view.experts import experts_of
 from transect.view.view import View
 
 SPARSE = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss")
@@ -78,12 +79,19 @@ def by_hand(name: str, ids: torch.Tensor, left_out: dict[int, tuple[int, ...]], 
         return model(input_ids=ids, use_cache=False).logits
 
 
+class Routed(NamedTuple):
+    """What the experts of one layer were given, token by token."""
+
+    hidden: torch.Tensor
+    index: torch.Tensor
+    weight: torch.Tensor
+
+
 def seen_in(view: View, ids: torch.Tensor, layer: int) -> Routed:
-    seen = []
-    with torch.no_grad(), routed(view, {layer: experts_of(view, layer)}, lambda _, given: seen.append(given)):
+    sites = ("ffn_in", "selected", "selected_weights")
+    with torch.no_grad(), view.capture(sites, [layer]) as seen:
         view.run(ids)
-    (given,) = seen
-    return given
+    return Routed(*(seen[site, layer].flatten(0, 1) for site in sites))
 
 
 def favourite(view: View, ids: torch.Tensor, layer: int) -> int:

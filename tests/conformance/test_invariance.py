@@ -175,3 +175,40 @@ def test_another_text_gives_other_rows():
     found = _measured("gpt2", torch.float64, from_tokens(rows, seq_len=SEQ_LEN), 7)
     expected = _expected("gpt2", torch.float64)
     assert max(_away(row, other) for row, other in zip(expected, found, strict=True)) > 1e-6
+
+
+# sequences that several documents have
+
+
+def _with_equal_sequences() -> list[list[int]]:
+    """Documents that all begin with the same sequence, which each of them masks at places of its own."""
+    rng = np.random.default_rng(7)
+    common = rng.integers(FIRST_TEXT_ID, VOCAB, SEQ_LEN).tolist()
+    return [common + rng.integers(FIRST_TEXT_ID, VOCAB, size).tolist() for size in rng.integers(2, 11, 97)]
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [
+        Commutativity(kinds=("adjacent",), sample=1103, objective="masked", mask_id=3),  # some of the equal ones
+        Ablation(
+            methods=("mse_adam",),
+            parts=("ffn",),
+            schedules=("single",),
+            sample=10**6,
+            objective="masked",
+            mask_id=3,
+            train_epochs=2,
+        ),
+    ],
+    ids=["sample", "training"],
+)
+def test_equal_sequences_of_different_documents_come_in_no_order_of_the_text(probe: Probe):
+    """Which of them are in the sample, and in which order they are trained on, would change the rows."""
+    rows = _with_equal_sequences()
+    expected, found = (
+        measure(_view("bert", torch.float64), [probe], from_tokens(one, seq_len=SEQ_LEN), batch_size=7).rows
+        for one in (rows, rows[::-1])
+    )
+    assert [_without_numbers(row) for row in found] == [_without_numbers(row) for row in expected]
+    assert max(_away(row, other) for row, other in zip(expected, found, strict=True)) <= TOLERANCE[torch.float64]

@@ -10,13 +10,10 @@ import torch
 
 import transect as tx
 from plants import text, view_of
+from stops import packed_bytes, rows_of, states_of
 from transect import registry
-from transect.data import batches
 from transect.errors import InputError
-from transect.measure import _edit_batch, _run_batch
-from transect.plan import Pass, Stage
 from transect.probes.base import Probe
-from transect.results import Row
 
 NAMES = registry.available("transect.probes")
 FAMILIES = ("bert", "gpt2", "gptj", "olmo2", "mixtral")
@@ -113,44 +110,12 @@ def test_rows_are_rows_of_this_probe(name: str, family: str):
     assert any(row.value is not None for row in first)
 
 
-def carried_out(plan, item: Pass, stage: Stage, state, batch) -> None:
-    """One batch as the driver puts it to the pass's one probe."""
-    if stage.phase == "edit":
-        _edit_batch(plan.view, item, state, batch, lambda layers: None)
-    else:
-        _run_batch(plan.view, item, stage, [state], batch)
-
-
-def stopped_everywhere(plan, stop: bool) -> list[Row]:
-    """The rows of the first pass; with `stop` the state goes through a file between any two batches and phases."""
-    item = plan.passes[0]
-    (probe,), (setting,) = item.probes, item.settings
-    state = probe.start(setting, None)
-
-    def through_a_file(state):
-        if not stop:
-            return state
-        file = io.BytesIO()
-        torch.save(state.pack(), file)
-        file.seek(0)
-        return probe.start(setting, torch.load(file, weights_only=True))
-
-    for stage in item.stages:
-        for batch in batches(item.data, stage.sequences, stage.batch_size, 0, item.full_width):
-            state = through_a_file(state)
-            carried_out(plan, item, stage, state, batch)
-            state = through_a_file(state)
-        probe.turn(state, setting, stage.phase)
-        state = through_a_file(state)
-    return list(probe.rows(state, setting))
-
-
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 def test_a_stop_between_any_two_batches_changes_no_bit(name: str, options: dict, family: str):
     view = view_of(suited(name, family), torch.float32)
     plan = tx.plan(view, [probe_of(name, options)], text(47), batch_size=11)
-    whole, parted = stopped_everywhere(plan, False), stopped_everywhere(plan, True)
+    whole, parted = rows_of(plan, stop=False), rows_of(plan, stop=True)
     assert whole == parted
     assert any(row.value is not None for row in whole)
 
@@ -198,21 +163,8 @@ def test_a_run_stopped_by_ctrl_c_goes_on_to_the_same_rows(share: float, tmp_path
 def test_memory_asked_for_covers_the_state(name: str):
     plan = tx.plan(view_of(suited(name, "gpt2")), [probe_of(name)], text(47))
     item = plan.passes[0]
-    state = item.probes[0].start(item.settings[0], None)
-    for stage in item.stages:
-        for batch in batches(item.data, stage.sequences, stage.batch_size, 0, item.full_width):
-            carried_out(plan, item, stage, state, batch)
-        item.probes[0].turn(state, item.settings[0], stage.phase)
+    *_, state = states_of(plan, item)
     file = io.BytesIO()
     torch.save(state.pack(), file)
-    tensors: list[torch.Tensor] = []
-
-    def collect(value) -> None:
-        if isinstance(value, torch.Tensor):
-            tensors.append(value)
-        elif isinstance(value, dict | list | tuple):
-            for inner in value.values() if isinstance(value, dict) else value:
-                collect(inner)
-
-    collect(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    assert 0 < sum(tensor.nbytes for tensor in tensors) <= item.bytes
+    file.seek(0)
+    assert 0 < packed_bytes(torch.load(file, weights_only=True)) <= item.bytes

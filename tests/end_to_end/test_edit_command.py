@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from families import VOCAB, random_ids
 from shell import ENVIRONMENT, Outcome, command, contents, saved_model, saved_tokens
 from transect.view import edits
-from transect.view.surgery import align
+from transect.view.load import align
 from transect.view.view import View
 
 

@@ -18,7 +18,7 @@ from transect.errors import InputError
 from transect.view import commit as commit_module
 from transect.view import edits
 from transect.view.commit import Changes, Removal, commit
-from transect.view.surgery import align
+from transect.view.load import align
 from transect.view.view import View
 
 Nested = Callable[[View, ExitStack], object]

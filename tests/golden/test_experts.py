@@ -9,7 +9,6 @@ from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
 
 from families import (
-    EXPERT_FEED_FORWARD,
     EXPERTS,
     EXPERTS_PER_TOKEN,
     FEED_FORWARD,
@@ -22,13 +21,10 @@ from families import (
 from transect.errors import InputError
 from transect.view import edits
 from transect.view.capture import stream
-from transect.view.experts import choices, experts_of, one, routed, without
+from transect.view.experts import choices, experts_of, one, without
 from transect.view.view import View
-from transect.view.walk import OrderError
 
 SPARSE = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss")
-WIDTHS = dict.fromkeys(SPARSE, EXPERT_FEED_FORWARD) | dict.fromkeys(("mixtral", "olmoe", "gpt_oss"), FEED_FORWARD)
-SHARED = {"qwen2_moe": ("mlp.shared_expert",), "deepseek_v3": ("mlp.shared_experts",)}
 LAYER = 2
 ATOL = 1e-10
 
@@ -99,8 +95,6 @@ def test_what_is_found(name):
     known = experts(name)
     assert (known.path, known.count) == ("mlp.experts", 6 if name == "deepseek_v3" else EXPERTS)
     assert (known.active, known.per_expert) == (EXPERTS_PER_TOKEN, False)
-    assert known.intermediate == WIDTHS[name]
-    assert known.shared == SHARED.get(name, ())
     assert {part: tap.key for part, tap in known.taps.items()} == {"input": 0, "index": 1, "weight": 2}
     assert known.residual <= 1e-10
 
@@ -124,30 +118,20 @@ def test_one_expert_is_its_formula(name, generator):
 @pytest.mark.parametrize("name", SPARSE)
 def test_routed_experts_make_up_the_ffn(name, generator):
     """ffn_out = sum over choices of weight * expert, plus the shared one, all written out from the weights."""
-    view, ids = view_of(name), random_ids((3, 11), generator)
-    seen, sites = {}, {}
-    with (
-        torch.no_grad(),
-        routed(view, {LAYER: experts(name)}, lambda layer, given: seen.update({layer: given})),
-        stream(
-            view, {LAYER: ("ffn_in", "ffn_out", "selected", "router_logits")}, lambda _, tensors: sites.update(tensors)
-        ),
-    ):
+    view, ids, block = view_of(name), random_ids((3, 11), generator), block_of(name)
+    sites = ("ffn_in", "selected", "selected_weights", "router_logits", "ffn_out")
+    with torch.no_grad(), view.capture(sites, [LAYER]) as seen:
         view.run(ids)
-        given, block = seen.pop(LAYER), block_of(name)
-        assert not seen
-        total = beside(name, block, given.hidden)
+        hidden, index, weight, logits, output = (seen[site, LAYER].flatten(0, 1) for site in sites)
+        total = beside(name, block, hidden)
         for token in range(33):
             for slot in range(EXPERTS_PER_TOKEN):
-                expert = int(given.index[token, slot])
-                row = formula(name)(block.experts, expert, given.hidden[token : token + 1])
-                total[token] += given.weight[token, slot] * row[0]
-        close(total, sites["ffn_out"].flatten(0, 1))
-    assert torch.equal(given.hidden, sites["ffn_in"].flatten(0, 1))
-    assert torch.equal(given.index, sites["selected"].flatten(0, 1))
+                row = formula(name)(block.experts, int(index[token, slot]), hidden[token : token + 1])
+                total[token] += weight[token, slot] * row[0]
+        close(total, output)
     router = getattr(block, "gate", None) or block.router
-    expected = weights_of(name, router, sites["router_logits"].flatten(0, 1), given.index)
-    close(given.weight.double(), expected.double(), 1e-6)  # some routers compute in float32
+    expected = weights_of(name, router, logits, index)
+    close(weight.double(), expected.double(), 1e-6)  # some routers compute in float32
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
@@ -168,14 +152,14 @@ def test_a_call_of_one_expert_is_no_part_of_the_pass(name, generator):
     view, ids = view_of(name), random_ids((2, 5), generator)
     alone, heard = [], []
 
-    def use(layer, given):
+    def use(layer, seen):
         heard.append(layer)
-        alone.append(one(view, layer, 0, given.hidden, experts(name)))
+        alone.append(one(view, layer, 0, seen["ffn_in"].flatten(0, 1), experts(name)))
 
     with (
         torch.no_grad(),
         edits.remove(view, "expert", LAYER, expert=0),
-        routed(view, {LAYER: experts(name)}, use),
+        stream(view, {LAYER: ("ffn_in",)}, use),
         view.capture(("ffn_in",), [LAYER]) as capture,
     ):
         view.run(ids)
@@ -195,20 +179,6 @@ def test_gradients_are_the_callers_choice(generator):
     close(x.grad, again.grad)
     with torch.no_grad():
         assert not one(view_of("olmoe"), LAYER, 4, x).requires_grad
-
-
-def test_routing_follows_the_order_of_layers(generator):
-    view, ids = view_of("qwen3_moe"), random_ids((2, 7), generator)
-    seen = []
-    with torch.no_grad(), edits.order(view, (2, 0, 2)):
-        first, last = experts_of(view, 0), experts_of(view, 2)
-        with routed(view, {0: first, 2: last}, lambda *given: seen.append(given)):
-            view.run(ids)
-    assert [layer for layer, _ in seen] == [0, 2]
-    router = block_of("qwen3_moe", 2).gate
-    for _, given in seen:
-        best = (given.hidden @ router.weight.T).topk(2, dim=-1).indices
-        assert torch.equal(best, given.index)
 
 
 # other ways to call the experts, planted into a model
@@ -272,7 +242,7 @@ def test_scores_for_every_expert_and_dropped_choices(generator):
     view, ids = planted(Scored), random_ids((3, 7), generator)
     known = experts_of(view, LAYER)
     assert known.per_expert
-    assert (known.count, known.active, known.intermediate) == (EXPERTS, EXPERTS_PER_TOKEN, FEED_FORWARD)
+    assert (known.count, known.active) == (EXPERTS, EXPERTS_PER_TOKEN)
     assert {part: tap.key for part, tap in known.taps.items()} == {
         "input": "states",
         "index": "chosen",
@@ -282,14 +252,19 @@ def test_scores_for_every_expert_and_dropped_choices(generator):
     twin = block_of("olmoe").experts
     for expert in range(EXPERTS):
         close(one(view, LAYER, expert, x, known).detach(), gated(twin, expert, x).detach())
-    seen = []
-    with torch.no_grad(), routed(view, {LAYER: known}, lambda _, given: seen.append(given)):
+    seen: list[dict[str, torch.Tensor]] = []
+    module = view.layers[LAYER].get_submodule(known.path)
+    handle = module.register_forward_pre_hook(lambda _, __, given: seen.append(given), with_kwargs=True)
+    with torch.no_grad(), handle:
         view.run(ids)
-    dropped = (seen[0].hidden[:, 0] > 0)[:, None] & torch.tensor([[False, True]])
+    (given,) = seen
+    index, weight = choices(known, given["chosen"], given["scores"])
+    dropped = (given["states"][:, :1] > 0) & torch.tensor([[False, True]])
     assert dropped.any() and not dropped[:, 1].all()
-    assert torch.equal(seen[0].index == -1, dropped)
-    assert torch.equal(seen[0].weight == 0, dropped)
-    assert seen[0].weight.shape == seen[0].index.shape == (21, EXPERTS_PER_TOKEN)
+    assert torch.equal(index == -1, dropped)
+    assert torch.equal(weight == 0, dropped)
+    assert torch.equal(weight[~dropped], given["scores"].gather(1, index.clamp_min(0))[~dropped])
+    assert weight.shape == index.shape == (21, EXPERTS_PER_TOKEN)
 
 
 @pytest.mark.parametrize("expert", [0, 3])
@@ -321,32 +296,6 @@ def test_as_many_experts_as_the_stream_is_wide(generator):
     close(one(view, LAYER, 31, x, known), hidden @ fused.down[31].T)
 
 
-class Beside(nn.Module):
-    """Two experts that every token has, one of them gated and inside a list, and a number for each width."""
-
-    def __init__(self, block: nn.Module, constant: float) -> None:
-        super().__init__()
-        self.constant = constant
-        self.gate, self.experts = block.gate, block.experts
-        self.more = nn.ModuleList([nn.Linear(HIDDEN, HIDDEN, dtype=torch.float64) for _ in range(2)])
-        self.scale = nn.Linear(HIDDEN, 1, dtype=torch.float64)
-
-    def forward(self, hidden):
-        x = hidden.flatten(0, 1)
-        _, weight, index = self.gate(x)
-        out = self.experts(x, index, weight) + self.more[0](x) + self.scale(x) * self.more[1](hidden).flatten(0, 1)
-        return (out + self.constant * torch.arange(HIDDEN)).view(hidden.shape)
-
-
-@pytest.mark.parametrize(("constant", "shared"), [(0.0, ("mlp.more.0", "mlp.more.1")), (0.1, None)])
-def test_shared_experts_are_found_by_value(constant, shared):
-    model = tiny_model("olmoe", torch.float64)
-    for layer in model.model.layers:
-        layer.mlp = Beside(layer.mlp, constant)
-    known = experts_of(View(model), LAYER)
-    assert (known.path, known.shared) == ("mlp.experts", shared)
-
-
 def test_choices():
     known = experts("mixtral")
     index = torch.tensor([[4, 0], [-1, 2], [3, EXPERTS]])
@@ -368,11 +317,6 @@ def test_refusals_of_layers():
     ):
         with pytest.raises(InputError, match=reason):
             experts_of(view_of(name), layer)
-    with (
-        pytest.raises(InputError, match="layer 3 does not exist"),
-        routed(view_of("mixtral"), {3: experts("mixtral")}, print),
-    ):
-        pass
 
 
 def test_refusals_of_experts(generator):
@@ -399,12 +343,3 @@ def test_further_arguments_are_refused():
         experts_of(planted(Extra, capacity=torch.ones(EXPERTS)), LAYER)
     with pytest.raises(InputError, match="called with scores, chosen, states, capacity; needed"):
         experts_of(planted(Extra, capacity=3), LAYER)
-
-
-def test_experts_that_are_not_called_are_an_error(generator):
-    view = planted(Scored)
-    known = experts_of(view, LAYER)
-    view.layers[LAYER].mlp.forward = lambda hidden: hidden
-    reason = r"layer 2: its experts at mlp\.experts were not called"
-    with pytest.raises(OrderError, match=reason), torch.no_grad(), routed(view, {LAYER: known}, print):
-        view.run(random_ids((1, 5), generator))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import FAMILIES, VARIANTS, random_ids, tiny_model
+from families import FAMILIES, VARIANTS, VOCAB, random_ids, tiny_model
 from transect.errors import InputError
 from transect.view import edits
 from transect.view.lens import Lens
@@ -50,6 +50,22 @@ def test_the_last_state_gives_the_models_own_logits_and_loss(name: str, dtype: t
     ]
     assert abs(losses[0] - losses[1]) <= rounding * losses[1]
     assert expected.std() > 0.1 and states.std() > 0.1  # there is something to be equal to
+
+
+@pytest.mark.parametrize("pad", [None, 0, 1, *range(2, VOCAB, 7)])
+def test_no_padding_token_is_read(pad: int | None, ids: Tensor):
+    """A model that meets one without a mask warns of it."""
+    model = tiny_model("gpt2")
+    model.config.pad_token_id = pad
+    view, read = View(model), []
+    states = last_state(view, ids).flatten(0, 1)
+    expected = view.run(ids, head=True).flatten(0, 1)
+    handle = model.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"]), with_kwargs=True)
+    with handle:
+        found = Lens(view)(states)
+    assert [tuple(given.shape) for given in read] == [(3, 5), (15, 1), (33, 1)]
+    assert not any((given == pad).any() for given in read if pad is not None)
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "cohere", "granite", "gemma2", "opt/post_norm"])

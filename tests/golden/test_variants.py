@@ -247,6 +247,15 @@ def test_twelve_layers_take_572_and_12_layers_instead_of_792_and_12(ids: Tensor)
     assert len(calls) / 584 == 1
 
 
+def test_planned_are_the_different_beginnings():
+    variants = [*mixture(5), *all_pairs(5), *neighbours(5)]
+    paths = [tuple((layer, ()) for layer in range(5)), *(variant.steps for variant in variants)]
+    beginnings = {path[:length] for path in paths for length in range(1, len(path) + 1)}
+    assert planned_evaluations(variants, 5) == (len(beginnings), sum(map(len, paths)))
+    assert planned_evaluations(variants[::-1], 5) == planned_evaluations(variants, 5)
+    assert planned_evaluations([], 5) == (5, 5)
+
+
 @pytest.mark.parametrize("layers", [2, 3, 5, 7, 12])
 def test_neighbours_cost_what_they_must(layers: int, ids: Tensor):
     expected = (layers - 1) * (layers + 2) // 2 + layers

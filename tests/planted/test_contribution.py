@@ -1,7 +1,6 @@
 """The contribution probe on planted sub-layers that tell the target, say nothing, or hide it; options; invariance."""
 
 import functools
-import io
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -10,22 +9,22 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from scipy.stats import entropy
 from torch import Tensor, nn
 
 import transect as tx
 from families import FAMILIES, FIRST_TEXT_ID, VOCAB, tiny_model
 from plants import only, planted, text, value, values, view_of
 from shell import command, saved_model, saved_tokens
-from transect.data import Dataset, batches, from_tokens
+from stops import packed_bytes, rows_of, states_of
+from transect.data import Dataset, from_tokens, sample_tokens
 from transect.data.objective import NONE, Objective, with_targets
 from transect.errors import InputError
-from transect.measure import _run_batch
+from transect.measure import run
 from transect.metrics import kmeans
 from transect.metrics.errors import Error
-from transect.metrics.information import entropy
-from transect.plan import Plan
-from transect.probes import _information, contribution
-from transect.probes._levels import Derived, Rule, share_reason
+from transect.probes import _information
+from transect.probes._levels import Derived, Rule, share_reason, with_seeds
 from transect.probes.contribution import Contribution
 from transect.results import Table
 from transect.view.view import View
@@ -168,16 +167,16 @@ def test_a_copy_of_the_target_is_worth_its_entropy(name: str, state: str, teller
     table = measured(view_of(name), one, words(), {(teller, 1): "tell", (other, 1): "silent"})
     data = asked(one, words())
     assert data.target is not None
-    sample = contribution.sample_tokens(data, 151, 0, among=data.target != NONE)
+    sample = sample_tokens(data, 151, 0, among=data.target != NONE)
     levels = table.where(metric="mutual_information", variant=state, site="resid", layer=2)
-    assert levels.rows[0].value == pytest.approx(entropy(data.target[sample]), abs=1e-9)
-    assert levels.rows[0].n == 151 and entropy(data.target[sample]) > 2
+    assert levels.rows[0].value == pytest.approx(entropy(np.bincount(data.target[sample])), abs=1e-9)
+    assert levels.rows[0].n == 151 and entropy(np.bincount(data.target[sample])) > 2
     for split in ("same", "split_half"):
         row = only(table, metric="token_prediction", variant=split, site="resid", layer=2)
         assert row.value == 1 and row.n == (data.target != NONE).sum()
         assert value(table, metric="token_prediction", variant=split, site="resid", layer=0) < 0.6
     below = {value(table, metric="mutual_information", variant=state, site="resid", layer=layer) for layer in (0, 1)}
-    assert max(below) < 0.75 * entropy(data.target[sample])
+    assert max(below) < 0.75 * entropy(np.bincount(data.target[sample]))
 
 
 def test_fewer_clusters_than_targets_hold_no_more_than_their_own_entropy():
@@ -559,47 +558,31 @@ def _numbers(table: Table) -> np.ndarray:
     return np.array([[np.inf if x is None else x for x in row] for row in rows]).clip(max=1e300)
 
 
-def states_of(plan: Plan, stop: bool) -> Iterator[object]:
-    """The state after every batch; with `stop` it goes through a file between any two batches and phases."""
-    item = plan.passes[0]
-    (one,), (setting,) = item.probes, item.settings
-    state = one.start(setting, None)
-    for stage in item.stages:
-        for batch in batches(item.data, stage.sequences, stage.batch_size, 0, item.full_width):
-            _run_batch(plan.view, item, stage, [state], batch)
-            state = _through_a_file(state, one, setting) if stop else state
-            yield state
-        one.turn(state, setting, stage.phase)
-        state = _through_a_file(state, one, setting) if stop else state
-    yield state
-
-
-def _through_a_file(state, one, setting):
-    file = io.BytesIO()
-    torch.save(state.pack(), file)
-    file.seek(0)
-    return one.start(setting, torch.load(file, weights_only=True))
-
-
 @pytest.mark.parametrize("size", [16, 1024])
 def test_a_stop_between_any_two_batches_changes_no_bit(size: int):
     """With mini-batches of 16 the centres start in the middle of the text, with 1,024 at its end."""
     one = probe("bert", mi_clusters=5, tp_min_count=2, mi_positions=233, mask_rate=0.3, mi_fit_positions="all")
     with short_mini_batches(size):
         plan = tx.plan(view_of("bert", torch.float32), [one], text(41), batch_size=5)
-        found = []
-        for stop in (False, True):
-            *_, last = states_of(plan, stop)
-            found.append(list(one.rows(last, plan.passes[0].settings[0])))
-    assert found[0] == found[1]
-    assert {row.metric for row in found[0] if row.value is not None} >= {*VARIANTS, "lens_loss"}
+        whole, parted = rows_of(plan), rows_of(plan, stop=True)
+    assert whole == parted
+    assert {row.metric for row in whole if row.value is not None} >= {*VARIANTS, "lens_loss"}
 
 
-def packed_bytes(value: object) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(packed_bytes(one) for one in inner)
+def test_the_lens_alone_reads_the_text_once():
+    """It learns nothing, so its losses are those of the first of two rounds."""
+    view, data = view_of("gpt2"), words()
+    alone, both = (
+        tx.plan(view, [probe(lens_tokens=307, **options)], data, batch_size=32)
+        for options in ({"estimators": ("lens_loss",)}, {})
+    )
+    phases = [[stage.phase for stage in plan.passes[0].stages] for plan in (alone, both)]
+    assert phases == [["score"], ["fit", "score"]]
+    assert (alone.tokens, both.tokens) == (data.num_tokens, 2 * data.num_tokens)
+    found = run(alone).rows
+    expected = [row for row in run(both) if row.metric == "lens_loss" or row.variant == "lens"]
+    assert len(found) == len(expected) == 5 + 4 + 4 + 2 and all(row.n == 307 for row in found)
+    assert [replace(row, config=None) for row in found] == [replace(row, config=None) for row in expected]
 
 
 def test_memory_covers_the_state_and_only_labels_grow_with_the_text():
@@ -611,7 +594,7 @@ def test_memory_covers_the_state_and_only_labels_grow_with_the_text():
             one = probe(mi_positions=positions, mi_clusters=5, mi_seeds=3, lens_tokens=1)
             with short_mini_batches(64):
                 plan = tx.plan(view_of("gpt2"), [one], from_tokens(rows, seq_len=20), batch_size=7)
-                peaks.append(max(packed_bytes(state.pack()) for state in states_of(plan, False)))
+                peaks.append(max(packed_bytes(state.pack()) for state in states_of(plan, plan.passes[0])))
             planned.append(plan.bytes)
             assert 0 < peaks[-1] <= plan.bytes
     labels = 2 * 5 * 3 * 23 * (80 - 4)  # bytes, places, seeds, documents, targets more in each
@@ -626,7 +609,7 @@ def test_memory_of_many_short_documents_covers_the_state():
     rows = np.random.default_rng(6).integers(FIRST_TEXT_ID, VOCAB, (997, 2))
     one = Contribution(estimators=("token_prediction",), tp_min_count=10**6)
     plan = tx.plan(view_of("gpt2"), [one], from_tokens(rows), batch_size=997)
-    *_, state = states_of(plan, False)
+    *_, state = states_of(plan, plan.passes[0])
     sample = sum(packed_bytes(part) for part in (state.sample.mi_at, state.sample.class_of, state.sample.fits))
     assert packed_bytes(state.pack()) + sample <= plan.bytes
 
@@ -720,8 +703,8 @@ def test_the_command_line(tmp_path):
 def test_seeds_that_disagree_on_the_gain_leave_no_share():
     alone = Error(0.1, 0.3, 0.7)
     assert share_reason(0.5, alone) is None
-    both = contribution._with_seeds(alone, np.array([0.1, 0.9]))
+    both = with_seeds(alone, np.array([0.1, 0.9]))
     assert both is not None and both.stderr == pytest.approx(np.hypot(0.1, 0.4), rel=1e-12)
     assert "within two errors" in str(share_reason(0.5, both))
-    assert contribution._with_seeds(alone, np.array([0.5])) is alone
-    assert contribution._with_seeds(None, np.array([0.1, 0.9])) is None
+    assert with_seeds(alone, np.array([0.5])) is alone
+    assert with_seeds(None, np.array([0.1, 0.9])) is None

@@ -1,7 +1,6 @@
 """Routers, experts and choices that are known give the numbers of `routing` that they must."""
 
 import functools
-import io
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -17,10 +16,10 @@ from transformers import AutoModelForCausalLM
 import transect as tx
 from families import EXPERTS, EXPERTS_PER_TOKEN, FAMILIES, FIRST_TEXT_ID, HIDDEN, enliven, random_ids, tiny_model
 from plants import only, seen, text, value, view_of
-from transect.data import Dataset, assign, batches, from_tokens
+from stops import packed_bytes, rows_of, states_of
+from transect.data import Dataset, assign, from_tokens
 from transect.data.split import FIT, SCORE, TUNE
 from transect.errors import InputError
-from transect.measure import _edit_batch, _run_batch
 from transect.metrics.information import mutual_information
 from transect.metrics.moments import Moments
 from transect.metrics.ridge import Solver, rcond_for
@@ -526,48 +525,12 @@ def test_neither_batches_nor_the_order_of_documents_matter():
     assert max(abs(a.value - b.value) for a, b in zip(expected, changed, strict=True) if a.value and b.value) > 1e-3
 
 
-def rows_of(plan, stop: bool) -> list[Row]:
-    """The rows of every pass; with `stop` the state goes through a file between any two batches and phases."""
-    rows = []
-    for item in plan.passes:
-        (probe,), (setting,) = item.probes, item.settings
-        state = probe.start(setting, None)
-
-        def through_a_file(state, probe=probe, setting=setting):
-            if not stop:
-                return state
-            file = io.BytesIO()
-            torch.save(state.pack(), file)
-            file.seek(0)
-            return probe.start(setting, torch.load(file, weights_only=True))
-
-        for stage in item.stages:
-            for batch in batches(item.data, stage.sequences, 11, 0, False):
-                state = through_a_file(state)
-                if stage.phase == "edit":
-                    _edit_batch(plan.view, item, state, batch, lambda layers: None)
-                else:
-                    _run_batch(plan.view, item, stage, [state], batch)
-            probe.turn(state, setting, stage.phase)
-            state = through_a_file(state)
-        rows += probe.rows(state, setting)
-    return rows
-
-
 def test_a_stop_between_any_two_batches_changes_no_bit():
     plan = tx.plan(view_of("mixtral", torch.float32), [Routing(removal_sample=150)], text(47), batch_size=11)
     assert [stage.phase for stage in plan.passes[0].stages] == ["fit", "tune", "score", "edit"]
-    whole = rows_of(plan, False)
-    assert whole == rows_of(plan, True)
+    whole = rows_of(plan)
+    assert whole == rows_of(plan, stop=True)
     assert {row.metric for row in whole if row.value is not None} >= {"r2_heldout", "removal_cost", "influence"}
-
-
-def tensors(packed: object) -> int:
-    """Bytes of all tensors of a packed state."""
-    if isinstance(packed, torch.Tensor):
-        return packed.nbytes
-    inner = packed.values() if isinstance(packed, dict) else packed if isinstance(packed, list) else ()
-    return sum(map(tensors, inner))
 
 
 def place(row: Row) -> tuple:
@@ -579,16 +542,11 @@ def test_memory_is_declared_and_layers_go_in_passes_when_it_is_short():
     probe = Routing(removal_sample=60)
     plan = tx.plan(view, [probe], data)
     (item,) = plan.passes
-    (setting,) = item.settings
-    state = probe.start(setting, None)
-    for stage in item.stages[:-1]:
-        for batch in batches(item.data, stage.sequences, 11, 0, False):
-            _run_batch(view, item, stage, [state], batch)
-        assert 0 < tensors(state.pack()) <= item.bytes
-        probe.turn(state, setting, stage.phase)
+    for state in states_of(plan, item):
+        assert 0 < packed_bytes(state.pack()) <= item.bytes
     halves = make(view, [probe], data, free=int(1.2 * item.bytes))
     assert [s.layers for one in halves.passes for s in one.settings] == [(0,), (1,)]
-    for mine, yours in zip(*(sorted(rows_of(one, False), key=place) for one in (halves, plan)), strict=True):
+    for mine, yours in zip(*(sorted(rows_of(one), key=place) for one in (halves, plan)), strict=True):
         assert place(mine) == place(yours) and mine.reason == yours.reason
         for name in ("value", "stderr", "low", "high"):
             assert getattr(mine, name) == pytest.approx(getattr(yours, name), abs=1e-12)

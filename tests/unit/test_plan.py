@@ -1,7 +1,5 @@
 """A plan says what will be done: passes, layers, tokens, memory."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ import torch
 from families import FAMILIES
 from plants import built, text, view_of
 from shell import command, contents, saved_model, saved_tokens
+from stops import packed_bytes
 from transect import memory
 from transect.data.objective import Objective
 from transect.errors import InputError
@@ -84,25 +83,13 @@ def test_too_little_memory_for_a_layer_is_refused():
         _plan(1000, (Jump(),))
 
 
-def _bytes(packed: object) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(packed))
-
-
-def _tensors(packed: object) -> Iterator[torch.Tensor]:
-    if isinstance(packed, torch.Tensor):
-        yield packed
-    elif isinstance(packed, dict | list | tuple):
-        for inner in packed.values() if isinstance(packed, dict) else packed:
-            yield from _tensors(inner)
-
-
 class _Kept(Nonlinearity):
     """Keeps the largest state that it had at the end of a phase."""
 
     largest = 0
 
     def turn(self, state, setting, phase):
-        _Kept.largest = max(_Kept.largest, _bytes(state.pack()))
+        _Kept.largest = max(_Kept.largest, packed_bytes(state.pack()))
         super().turn(state, setting, phase)
 
 
@@ -121,7 +108,7 @@ def test_the_estimate_of_nonlinearity_is_within_a_factor_of_two(options: dict):
 def test_the_estimate_of_the_others_is_enough_and_not_wasteful(probe: Jump | Similarity):
     plan = make(view_of("gpt2", layers=LAYERS), [probe], text(), 16)
     (item,) = plan.passes
-    size = _bytes(probe.start(item.settings[0], None).pack())
+    size = packed_bytes(probe.start(item.settings[0], None).pack())
     assert size <= plan.bytes <= 20 * size
 
 

@@ -7,18 +7,6 @@ import numpy as np
 DEBIASES = ("off", "shuffle", "miller_madow")
 
 
-def entropy(labels: np.ndarray) -> float:
-    """H = -sum p ln p of integer labels [n], in nats, float64; 0 to ln n. Raises ValueError for no labels.
-
-    Cost: one pass over n and over the largest label.
-    """
-    labels = _integers("labels", labels)
-    if not len(labels):
-        raise ValueError("entropy: no labels")
-    counts = np.bincount(labels)
-    return max(float(np.log(len(labels)) - _xlogx(counts).sum() / len(labels)), 0.0)
-
-
 def mutual_information(labels: np.ndarray, targets: np.ndarray, debias: str = "off", seed: int = 0) -> float:
     """Plug-in I = sum_xy P(x,y) ln( P(x,y) / (P(x) P(y)) ) of labels [n] and targets [n], in nats, float64.
 

@@ -10,9 +10,8 @@ OWNERS = ("attn", "ffn")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shares:
-    """Increments [..., steps], their cumulative sums by owner [..., steps], the total and the shares [...]."""
+    """Cumulative sums of the increments by owner [..., steps], the total and the shares [...]."""
 
-    increments: np.ndarray
     cumulative_mha: np.ndarray
     cumulative_ffn: np.ndarray
     total: np.ndarray
@@ -46,4 +45,4 @@ def shares(levels: np.ndarray, owners: Sequence[str]) -> Shares:
     ffn = np.where(names == "ffn", added, 0.0).cumsum(-1)
     total = levels[..., -1] - levels[..., 0]
     divisor = np.where(total == 0, np.nan, total)
-    return Shares(added, mha, ffn, total, mha[..., -1] / divisor, ffn[..., -1] / divisor)
+    return Shares(mha, ffn, total, mha[..., -1] / divisor, ffn[..., -1] / divisor)

@@ -5,14 +5,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from transect.metrics.errors import Error
-from transect.metrics.shares import shares
+from transect.metrics.errors import Error, bootstrap
+from transect.metrics.shares import increments, shares
+from transect.probes.base import Setting
 from transect.results import Row
 from transect.view.sites import NEXT
 from transect.view.view import View
 
 BOTH = "both"
 """Owner of a step to which attention and FFN both add."""
+
+TOTAL, SHARE_MHA, SHARE_FFN = -3, -2, -1
+"""Where these stand in the numbers that `Derived` gives."""
+
+_SHARES = ((SHARE_MHA, "share_mha"), (SHARE_FFN, "share_ffn"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +65,14 @@ class Derived:
 
     def __call__(self, levels: np.ndarray) -> np.ndarray:
         """[..., places] -> [..., 4 places]; an owner of both makes shares and cumulative sums NaN."""
-        steps = np.diff(levels, axis=-1)
+        steps = increments(levels)
         nothing = np.full_like(steps, np.nan)
         if BOTH in self.owners:
             return np.concatenate([levels, steps, nothing, nothing, np.full((*levels.shape[:-1], 3), np.nan)], axis=-1)
         first = 0 if self.rule.start == "embeddings" else 1
         counted = levels[..., first:]
         if self.rule.negative == "clip":
-            gains = np.diff(-counted if self.rule.falling else counted, axis=-1).clip(0)
+            gains = increments(-counted if self.rule.falling else counted).clip(0)
             gains = -gains if self.rule.falling else gains
             counted = np.concatenate([counted[..., :1], counted[..., :1] + gains.cumsum(-1)], axis=-1)
         found = shares(counted, self.owners[first:])
@@ -77,59 +83,68 @@ class Derived:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """One estimator's numbers: the derived values with their errors, and how its rows are called."""
+class Names:
+    """How an estimator's rows are called."""
 
     metric: str
     unit: str
     variant: str
     share: str  # the variant of share rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Estimate:
+    """One estimator's numbers: the derived values with their errors."""
+
+    names: Names
     values: np.ndarray  # [4 places]
     errors: list[Error | None]
     n: int
     documents: int
 
     @property
-    def falling(self) -> bool:
-        """Whether less is better."""
-        return self.metric == "lens_loss"
+    def share_reason(self) -> str | None:
+        """Why there are no shares; None when there are."""
+        return share_reason(float(self.values[TOTAL]), self.errors[TOTAL], self.names.metric == "lens_loss")
+
+
+def ratios(names: Names, sums: np.ndarray, counts: np.ndarray, setting: Setting, derive: Derived) -> Estimate:
+    """The estimate from levels that are sums over counts [places, units], with errors over units."""
+    came = counts.sum(0) > 0
+    columns = np.concatenate([sums[:, came], counts[:, came]]).T
+
+    def statistic(totals: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return derive(totals[:, : len(sums)] / totals[:, len(sums) :])
+
+    values, errors = bootstrap(columns, setting.unit_keys[came], statistic, setting.seed)
+    return Estimate(names, values, errors, int(counts[0].sum()), int(came.sum()))
 
 
 def rows_of(estimate: Estimate, places: list[Place]) -> Iterator[Row]:
     """Levels, increments, cumulative sums and shares."""
-    count, steps = len(places), len(places) - 1
-    base = Row(metric=estimate.metric, value=0.0, unit=estimate.unit, n=estimate.n, documents=estimate.documents)
+    count, steps, names = len(places), len(places) - 1, estimate.names
+    base = Row(metric=names.metric, value=0.0, unit=names.unit, n=estimate.n, documents=estimate.documents)
 
     def filled(row: Row, at: int) -> Row:
-        error = estimate.errors[at]
-        row = replace(row, value=float(estimate.values[at]))
-        return row if error is None else replace(row, stderr=error.stderr, low=error.low, high=error.high)
+        return row.measured(float(estimate.values[at]), estimate.errors[at])
 
     for at, place in enumerate(places):
-        yield filled(replace(base, site=place.site, layer=place.index, variant=estimate.variant), at)
+        yield filled(replace(base, site=place.site, layer=place.index, variant=names.variant), at)
     for step, place in enumerate(places[1:]):
         named = replace(base, element=place.owner, layer=place.layer)
-        yield filled(replace(named, variant=f"{estimate.variant}/increment"), count + step)
+        yield filled(replace(named, variant=f"{names.variant}/increment"), count + step)
     for number, owner in enumerate(("attn", "ffn")):
         for step, place in enumerate(places[1:]):
             at = count + (1 + number) * steps + step
             last_of_layer = place.captured == NEXT
             if last_of_layer and np.isfinite(estimate.values[at]):
-                variant = f"{estimate.variant}/cumulative"
+                variant = f"{names.variant}/cumulative"
                 yield filled(replace(base, element=owner, layer=place.layer, variant=variant), at)
-    yield from _share_rows(estimate, base, filled)
-
-
-def _share_rows(estimate: Estimate, base: Row, filled) -> Iterator[Row]:
-    size = len(estimate.values)
-    total, error = float(estimate.values[size - 3]), estimate.errors[size - 3]
-    reason = share_reason(total, error, estimate.falling)
-    for offset, metric in ((2, "share_mha"), (1, "share_ffn")):
-        row = replace(base, metric=metric, unit="1", variant=estimate.share)
-        if reason is None:
-            yield filled(row, size - offset)
-        else:
-            yield replace(row, value=None, reason=reason)
+    reason = estimate.share_reason
+    for at, metric in _SHARES:
+        row = replace(base, metric=metric, unit="1", variant=names.share)
+        yield filled(row, at) if reason is None else row.missing(reason)
 
 
 def share_reason(total: float, error: Error | None, falling: bool = False) -> str | None:
@@ -142,3 +157,29 @@ def share_reason(total: float, error: Error | None, falling: bool = False) -> st
     if abs(gain) <= 2 * error.stderr:
         return f"the total gain {gain:.3g} is within two errors ({error.stderr:.2g}) of zero"
     return f"the last state says less than the first: the total gain is {gain:.3g}" if gain < 0 else None
+
+
+def with_seeds(error: Error | None, values: np.ndarray) -> Error | None:
+    """An error over documents with that over k-means seeds [seeds] added to it, root of the sum of squares."""
+    if error is None or len(values) < 2 or not np.isfinite(values).all():
+        return error
+    stderr = float(np.hypot(error.stderr, values.std(ddof=1) / len(values) ** 0.5))
+    return replace(error, stderr=stderr)
+
+
+def over_seeds(derived: np.ndarray, estimate: Estimate) -> Iterator[Row]:
+    """Shares averaged over k-means seeds, with the error over them, from each seed's numbers [seeds, 4 places]."""
+    seeds, reason = len(derived), estimate.share_reason
+    for at, metric in _SHARES:
+        row = Row(metric=metric, value=None, unit="1", reason="", variant="MI/over_seeds", n=seeds)
+        row = replace(row, documents=estimate.documents)
+        own = derived[:, at]
+        if reason is None and seeds < 2:
+            reason = "one k-means seed only"
+        if reason is None and not np.isfinite(own).all():
+            reason = "one k-means seed finds no total gain at all"
+        if reason is not None:
+            yield row.missing(reason)
+            continue
+        value, stderr = float(own.mean()), float(own.std(ddof=1) / seeds**0.5)
+        yield row.measured(value, Error(stderr, value - 1.96 * stderr, value + 1.96 * stderr))

@@ -48,9 +48,10 @@ def element_rows(
         reason = f"{spread.rows} fit tokens cannot determine a map of {inputs} inputs"
     elif scores is None:
         reason = "no score tokens"
-    if reason is not None or spread is None or scores is None:
-        yield replace(heldout, value=None, reason=reason)
+    if reason is not None:
+        yield heldout.missing(reason)
     else:
+        assert spread is not None and scores is not None
         yield from _r2(probe, setting, heldout, scores)
         fit = group.fits[group.elements.index(key)]
         chosen = "tune" if probe.ridge is None else "given"
@@ -70,7 +71,7 @@ def element_rows(
         yield from _cosines(probe, setting, base, heldout, scores, state)
         if probe.trained is not None and element.elementwise:
             reason = "no approximator is trained for an element-wise function"
-            yield replace(heldout, metric="linearity", value=None, reason=reason, variant=probe.trained)
+            yield replace(heldout, metric="linearity", variant=probe.trained).missing(reason)
 
 
 def _unit(probe: "Nonlinearity", setting: Setting) -> str:
@@ -83,7 +84,7 @@ def _insample(group, key: str, base: Row, found: tuple) -> Iterator[Row]:
     value = values[group.elements.index(key)]
     base = replace(base, split="insample", n=count)
     if value is None:
-        yield replace(base, metric="r2_insample", value=None, reason="the output is the same for every token")
+        yield replace(base, metric="r2_insample").missing("the output is the same for every token")
         return
     yield replace(base, metric="r2_insample", value=value)
     floor = insample_floor(rank, count)
@@ -98,12 +99,13 @@ def _r2(probe: "Nonlinearity", setting: Setting, row: Row, scores: Scores) -> It
     shift = float(scores.shift.square().sum()) / total**2 if probe.r2_baseline == "score_mean" else 0.0
     spread = sums[:, AT["syy"]] - sums[:, AT["n"]] * shift  # each unit's share of the spread about the score mean
     if spread.sum() <= 0:
-        yield replace(row, value=None, reason="the output is the same for every score token")
+        yield row.missing("the output is the same for every score token")
         return
     pairs = np.stack([sums[:, AT["sse"]], spread], axis=1)[counted]
     value, (error,) = bootstrap(pairs, setting.unit_keys[counted], _explained, setting.seed)
     variant = row.variant if probe.r2_baseline == "score_mean" else "/".join(filter(None, (row.variant, "fit_mean")))
-    yield _with(replace(row, value=float(value[0]), n=int(total), documents=int(counted.sum()), variant=variant), error)
+    row = replace(row, n=int(total), documents=int(counted.sum()), variant=variant)
+    yield row.measured(float(value[0]), error)
 
 
 def _explained(totals: np.ndarray) -> np.ndarray:
@@ -118,7 +120,7 @@ def _cosines(
     sums = scores.sums.cpu().numpy()
     tokens = int(sums[:, AT["cos_n"]].sum())
     if tokens == 0:
-        yield replace(heldout, metric="cosine_closed_form", value=None, reason="every score output is zero")
+        yield replace(heldout, metric="cosine_closed_form").missing("every score output is zero")
         return
     counted = sums[:, AT["cos_n"]] > 0
     common = replace(heldout, n=tokens, documents=int(counted.sum()))
@@ -133,7 +135,7 @@ def _cosines(
     cone = _cone(scores)
     size = 1.0 if cone is None else cone[0]
     constant, error = mean("const")
-    yield _with(replace(common, metric="constant_baseline", value=constant), error)
+    yield replace(common, metric="constant_baseline").measured(constant, error)
     directions = state.fit_directions[str(base.element)].cpu()
     if float(directions[-1]) > 0:
         insample = float(directions[:-1].norm() / directions[-1])
@@ -146,17 +148,17 @@ def _cosines(
             variant="insample",
         )
     if cone is None:
-        yield replace(common, metric="cone_size", value=None, reason="fewer than two score outputs have a direction")
+        yield replace(common, metric="cone_size").missing("fewer than two score outputs have a direction")
     else:
         variant = None if probe.cone_vectors == "outputs" else probe.cone_vectors
-        yield _with(replace(common, metric="cone_size", value=cone[0], variant=variant), cone[1])
+        yield replace(common, metric="cone_size", variant=variant).measured(*cone)
     names = [("cosine_closed_form", "cos", "closed_form")]
     if probe.trained is not None and base.element in state.trained:
         names.append(("linearity", "trained", probe.trained))
     for metric, column, label in names:
         score, error = mean(column)
         variant = label if metric == "linearity" else None
-        yield _with(replace(common, metric=metric, value=score, variant=variant), error)
+        yield replace(common, metric=metric, variant=variant).measured(score, error)
         for how in () if cone is None else NORMALIZATIONS:
             value = normalized(score, size, how)
             row = replace(common, metric="linearity_normalized", variant=f"{how}/{label}")
@@ -173,7 +175,3 @@ def _cone(scores: Scores) -> tuple[float, Error | None] | None:
     groups = [g for g in range(len(counts)) if counts[g] > 0 and number - float(counts[g]) >= 2]
     left = [float(pair_cosine(total - sums[g], number - float(counts[g]))) for g in groups]
     return value, jackknife(value, left)
-
-
-def _with(row: Row, error: Error | None) -> Row:
-    return row if error is None else replace(row, stderr=error.stderr, low=error.low, high=error.high)

@@ -60,7 +60,7 @@ def pair_rows(layer: int, sums: LayerSums, active: int, most: int, documents: in
     base = Row(metric="co_selection", value=None, unit="1", reason="", layer=layer, n=int(total[-1, -1]))
     base = replace(base, documents=documents)
     if active == 1 or experts == 1:
-        yield replace(base, reason="a token chooses one expert")
+        yield base.missing("a token chooses one expert")
         return
     whole = correlations(total)
     left = [correlations(total - group) for group in groups if group[-1, -1] > 0]
@@ -175,7 +175,4 @@ def _documents(counts: np.ndarray) -> int:
 
 def _filled(row: Row, value: float, error: Error | None, reason: str) -> Row:
     """The row with its value and error, or with the reason where the value is NaN."""
-    if not np.isfinite(value):
-        return replace(row, value=None, reason=reason)
-    row = replace(row, value=float(value), reason=None)
-    return row if error is None else replace(row, stderr=error.stderr, low=error.low, high=error.high)
+    return row.measured(float(value), error) if np.isfinite(value) else row.missing(reason)

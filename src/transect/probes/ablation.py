@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from transect.effects import Effects, evaluation_rows, fixed_order, measured
+from transect.effects import BLANK, Effects, evaluation_rows, fixed_order, measured
 from transect.errors import InputError
 from transect.parallel import on_every_core
 from transect.probes._replacements import FITTED, METHODS, TRAINED, Replacement, change
@@ -39,11 +39,8 @@ class Case:
         first, last = self.layers[0], self.layers[-1]
         where = f"{first}" if self.schedule == "single" else f"{first}-{last}"
         head = None if self.head is None else f"head {self.head}"
-        return Row(
-            metric="loss",
-            value=None,
-            unit="nats",
-            reason="not measured",
+        return replace(
+            BLANK,
             element=self.part,
             part=head,
             variant=f"{self.method}/{self.schedule}",
@@ -227,12 +224,12 @@ class Ablation(Probe):
     def rows(self, state: AblationState, setting: Setting) -> Iterator[Row]:
         """The intact loss, every case, the parts that layers lack, and the layers run and saved."""
         view, found = setting.view, measured(state.effects, setting)
-        intact = Row(metric="loss", value=None, unit="nats", reason="not measured", variant="intact", edit="intact")
+        intact = replace(BLANK, variant="intact", edit="intact")
         yield from found.rows(None, _of_all(intact, view))
         for number, case in enumerate(self.cases(view)):
             reason = self._missing(state, case)
             rows = found.rows(number, case.row())
-            yield from rows if reason is None else (_emptied(row, reason) for row in rows)
+            yield from rows if reason is None else (row.missing(reason) for row in rows)
         for part in self.parts:
             for layer in range(view.num_layers):
                 element = present(ELEMENTS[_element(part)], view.maps[layer])
@@ -293,7 +290,3 @@ def _residual(which: str, weight: float) -> Change:
 
 def _of_all(row: Row, view: View) -> Row:
     return replace(row, layer=0, layer_to=view.num_layers - 1)
-
-
-def _emptied(row: Row, reason: str) -> Row:
-    return replace(row, value=None, reason=reason, stderr=None, low=None, high=None)

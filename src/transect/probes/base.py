@@ -33,13 +33,15 @@ class Reading:
     """How a probe goes through the text; probes with the same reading share every forward pass.
 
     `split`: fit and tune on other documents than those scored. `rounds` 2: every document comes in phase `fit` and
-    again in phase `score`, in an order that follows from the tokens alone. `targets`: what each position is asked for.
+    again in phase `score`. `canonical`: without a split, in an order that follows from the tokens alone; two rounds
+    always do. `targets`: what each position is asked for.
     `edit_tokens`: on how much of the text (of the scored part, with a split) edited models are run, in whole sequences;
     0 for a probe without edits. `observes`: whether the unedited model is looked into at all.
     """
 
     split: SplitRule | None = None
     rounds: int = 1
+    canonical: bool = False
     targets: Objective | None = None
     edit_tokens: int = 0
     observes: bool = True

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from transect.effects import Effects, Measured, evaluation_rows, fixed_order, measured
+from transect.effects import BLANK, Effects, Measured, evaluation_rows, fixed_order, measured
 from transect.errors import InputError
+from transect.metrics.errors import Error
 from transect.probes.base import Outcome, Probe, Reading, Setting
 from transect.results import Row
 from transect.targets import Asked, check_objective, objective_for
@@ -30,11 +31,8 @@ class Arrangement:
 
     def row(self) -> Row:
         """The columns that say which arrangement it is."""
-        return Row(
-            metric="loss",
-            value=None,
-            unit="nats",
-            reason="not measured",
+        return replace(
+            BLANK,
             variant=self.kind,
             edit=self.edit,
             layer=self.layer,
@@ -203,9 +201,8 @@ def _shuffle_rows(arrangements: list[Arrangement], found: Measured) -> Iterator[
                 yield next(row for row in rows if row.value is None)
                 continue
             mean = float(np.mean(values))
-            plain = replace(rows[0], value=mean, stderr=None, low=None, high=None)
             if len(values) < 2:
-                yield plain
+                yield rows[0].measured(mean)
                 continue
             stderr = float(np.std(values, ddof=1) / len(values) ** 0.5)
-            yield replace(plain, stderr=stderr, low=mean - 1.96 * stderr, high=mean + 1.96 * stderr)
+            yield rows[0].measured(mean, Error(stderr, mean - 1.96 * stderr, mean + 1.96 * stderr))

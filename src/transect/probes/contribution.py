@@ -1,22 +1,34 @@
 """Who predicts the token: what each attention and each FFN adds to what a state says about its target."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from transect.data import sample_tokens
-from transect.data.objective import NONE, Objective
+from transect.data.objective import Objective
 from transect.errors import InputError
 from transect.metrics.angles import unit, widened
-from transect.metrics.errors import Error, bootstrap, jackknife
+from transect.metrics.errors import jackknife
 from transect.metrics.kmeans import start_work
 from transect.metrics.prototypes import Prototypes, PrototypeSums, hits, prototypes
 from transect.probes._information import GROUPS, Clusters
-from transect.probes._levels import Derived, Estimate, Place, Rule, places_of, rows_of, share_reason
+from transect.probes._levels import (
+    TOTAL,
+    Derived,
+    Estimate,
+    Names,
+    Place,
+    Rule,
+    over_seeds,
+    places_of,
+    ratios,
+    rows_of,
+    with_seeds,
+)
+from transect.probes._sample import Sample, Tokens, drawn
 from transect.probes.base import Probe, Reading, Setting, Sight
 from transect.results import Row
 from transect.targets import Asked, check_objective, objective_for
@@ -34,22 +46,6 @@ CHOICES = {
     "ratio_negative": ("keep", "clip"),
 }
 _LENS_ROWS = 512
-_PER_CLUSTER = 500
-_MOST_CLUSTERS = 2000
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sample:
-    """Which tokens count for what: positions in the dataset, looked up by token; -1 = not in it."""
-
-    mi: np.ndarray  # [sample] dataset positions whose labels are counted
-    mi_at: Tensor  # [tokens] int32 place in `mi`
-    fits: Tensor  # [tokens] bool: centres are fitted on it
-    class_of: Tensor  # [tokens] int32 class of the target, numbered by id among those that come often enough
-    classes: int
-    half: Tensor  # [units] 0 or 1
-    lens: Tensor  # [tokens] bool
-    clusters: int
 
 
 @dataclass(slots=True, eq=False)
@@ -99,8 +95,9 @@ class Contribution(Probe):
     states of length 1 by default (`mi_state`), starts on three states a cluster with Lloyd steps; both splits of token
     prediction are written; start at the embeddings and negative increments are our reading.
     Raises: InputError for an unknown option, an unknown mask token, or fewer states than clusters.
-    Cost: two passes over the text; 4 K d operations a token, place and seed; 6 (kept targets) d a token and place;
-    2 d V a lens token and place. Memory: 2 bytes a position, place and seed; 3 K d numbers a place for the start.
+    Cost: two passes over the text, one for the lens alone; 4 K d operations a token, place and seed; 6 (kept targets) d
+    a token and place; 2 d V a lens token and place. Memory: 2 bytes a position, place and seed; 3 K d numbers a place
+    for the start.
     """
 
     title: ClassVar[str] = "Who predicts the token"
@@ -142,17 +139,25 @@ class Contribution(Probe):
     def refusal(self, view: View) -> str | None:
         """A masked model whose mask token nobody names cannot be asked."""
         try:
-            self._asked(view)
+            self.asked(view)
         except InputError as error:
             return str(error).removeprefix("contribution: ")
         return None
 
-    def _asked(self, view: View) -> Objective:
+    def asked(self, view: View) -> Objective:
+        """What each position is asked for."""
         return objective_for(view, "contribution", self.objective, self.mask_id, self.mask_rate)
 
     def reading(self, view: View) -> Reading:
-        """Two rounds: centres and class means, then labels and hits."""
-        return Reading(rounds=2, targets=self._asked(view))
+        """Two rounds: centres and class means, then labels and hits; one for the lens alone, which learns nothing."""
+        return Reading(rounds=2 if self._learns else 1, canonical=True, targets=self.asked(view))
+
+    @property
+    def _learns(self) -> bool:
+        return bool(set(self.estimators) - {"lens_loss"})
+
+    def _first_round(self, sight: Sight) -> bool:
+        return sight.phase == "fit" or not self._learns
 
     def sites(self, view: View, layer: int) -> tuple[str, ...]:
         """The stream after each sub-layer, and what enters the first."""
@@ -160,12 +165,12 @@ class Contribution(Probe):
 
     def memory(self, setting: Setting) -> int:
         """Labels, buffers and centres of the clusters; class means; sums of hits and losses."""
-        sample, places, width = self._sample(setting), len(places_of(setting.view)), setting.view.width
+        sample, places, width = drawn(self, setting), len(places_of(setting.view)), setting.view.width
         size = torch.promote_types(setting.view.dtype, torch.float32).itemsize
         total = (4 * places + 2) * setting.units * 8 + 24 * setting.data.num_tokens
-        if self._measures("mutual_information"):
+        if self.measures("mutual_information"):
             total += Clusters.nbytes(places, self.mi_seeds, sample.clusters, len(sample.mi), width, size)
-        if self._measures("token_prediction"):
+        if self.measures("token_prediction"):
             total += places * sample.classes * width * (2 * 8 + 3 * 8)
         if self._lens_reason(setting.view) is None:
             total += 3 * _LENS_ROWS * setting.view.vocab_size * size
@@ -173,24 +178,25 @@ class Contribution(Probe):
 
     def work(self, setting: Setting) -> float:
         """Distances to the centres in both rounds, cosines with the class means, and the head at every place."""
-        sample, places, width = self._sample(setting), len(places_of(setting.view)), setting.view.width
+        sample, places, width = drawn(self, setting), len(places_of(setting.view)), setting.view.width
         total = 0.0
-        if self._measures("mutual_information"):
+        if self.measures("mutual_information"):
             assigned = int(sample.fits.sum()) + len(sample.mi)
             total += places * 2.0 * width * self.mi_seeds * sample.clusters * assigned
             total += places * start_work(sample.clusters, width, self.mi_seeds)
-        if self._measures("token_prediction"):
+        if self.measures("token_prediction"):
             total += places * 4.0 * width * sample.classes * int((sample.class_of >= 0).sum())
         if self._lens_reason(setting.view) is None:
             total += places * 2.0 * width * setting.view.vocab_size * int(sample.lens.sum())
         return total
 
-    def _measures(self, name: str) -> bool:
+    def measures(self, name: str) -> bool:
+        """Whether an estimator is asked for."""
         return name in self.estimators
 
     def _lens_reason(self, view: View) -> str | None:
         """Why there is no lens; None when there is."""
-        if not self._measures("lens_loss"):
+        if not self.measures("lens_loss"):
             return "not asked for"
         return None if view.has_head else "the model has no head, so states cannot be read as tokens"
 
@@ -204,42 +210,9 @@ class Contribution(Probe):
         except InputError as error:
             return None, str(error).removeprefix(f"{view.name}: ")
 
-    def _sample(self, setting: Setting) -> Sample:
-        data, seed = setting.data, setting.seed
-        assert data.target is not None
-        asked = data.target != NONE
-        mi = sample_tokens(data, self.mi_positions, seed, among=asked)
-        fitted = mi
-        if self._asked(setting.view).kind == "masked" and self.mi_fit_positions == "all":
-            # Not by the hash that drew the masks: its smallest values are those of masked tokens.
-            fitted = sample_tokens(data, self.mi_positions, seed + 1)
-        clusters = self.mi_clusters or max(2, min(_MOST_CLUSTERS, len(mi) // _PER_CLUSTER))
-        if self._measures("mutual_information") and clusters > len(fitted):
-            raise InputError(
-                f"contribution: {clusters} clusters need as many states, the text has {len(fitted)} to fit them on; "
-                "give more text or a smaller contribution.mi_clusters"
-            )
-        counts = np.bincount(data.target[asked], minlength=1)
-        kept = np.flatnonzero(counts >= self.tp_min_count)
-        number = np.full(len(counts), -1, dtype=np.int32)
-        number[kept] = np.arange(len(kept))
-        class_of = np.full(data.num_tokens, -1, dtype=np.int32)
-        class_of[asked] = number[data.target[asked]]
-        half = (setting.unit_keys >> np.uint64(17)) & np.uint64(1)
-        return Sample(
-            mi=mi,
-            mi_at=_looked_up(data.num_tokens, mi),
-            fits=_marked(data.num_tokens, fitted),
-            class_of=torch.from_numpy(class_of),
-            classes=len(kept),
-            half=torch.from_numpy(half.astype(np.int64)),
-            lens=_marked(data.num_tokens, sample_tokens(data, self.lens_tokens, seed, among=asked)),
-            clusters=clusters,
-        )
-
     def start(self, setting: Setting, packed: dict | None) -> ContributionState:
         """Nothing seen, or what a file holds."""
-        view, sample, places = setting.view, self._sample(setting), places_of(setting.view)
+        view, sample, places = setting.view, drawn(self, setting), places_of(setting.view)
         lens, no_lens = self._lens(view)
         if packed is not None:
             clusters = packed["clusters"] and Clusters.unpack(packed["clusters"])
@@ -248,21 +221,21 @@ class Contribution(Probe):
             kept = packed["hits"], packed["counts"], packed["losses"]
             return ContributionState(clusters, sums, *kept, sample, places, known, lens, no_lens)
         clusters = None
-        if self._measures("mutual_information"):
+        if self.measures("mutual_information"):
             seeds = [setting.seed + number for number in range(self.mi_seeds)]
             clusters = Clusters.empty(len(places), seeds, sample.clusters, len(sample.mi))
-        measured = len(places) if self._measures("token_prediction") and sample.classes else 0
+        measured = len(places) if self.measures("token_prediction") and sample.classes else 0
         sums = [PrototypeSums.empty(sample.classes, view.width, device=view.device) for _ in range(measured)]
         shapes = (len(places), setting.units, 3), (setting.units, 2), (len(places), setting.units)
         hits_, counts, losses = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
         return ContributionState(clusters, sums, hits_, counts, losses, sample, places, [], lens, no_lens)
 
     def see(self, state: ContributionState, setting: Setting, layer: int, seen: Seen, sight: Sight) -> None:
-        """Fit round: learn centres, add up class means, keep the lens tokens' states. Score round: labels and hits."""
+        """First round: learn centres, add up class means, keep the lens tokens' states. Second: labels and hits."""
         if "contribution" not in sight.scratch:
-            sight.scratch["contribution"] = _Tokens.of(state.sample, sight)
+            sight.scratch["contribution"] = Tokens.of(state.sample, sight)
         tokens = sight.scratch["contribution"]
-        fitting = sight.phase == "fit"
+        fitting = self._first_round(sight)
         for number, place in enumerate(state.places):
             if place.layer != layer:
                 continue
@@ -288,7 +261,7 @@ class Contribution(Probe):
     def end(self, state: ContributionState, setting: Setting, sight: Sight) -> None:
         """The lens runs once the model's own pass is over."""
         tokens = sight.scratch["contribution"]
-        if sight.phase != "fit":
+        if not self._first_round(sight):
             return
         ones = torch.ones(len(tokens.kept_units), dtype=torch.float64)
         state.counts[:, 0].index_add_(0, tokens.kept_units, ones)
@@ -312,171 +285,58 @@ class Contribution(Probe):
 
     def rows(self, state: ContributionState, setting: Setting) -> Iterator[Row]:
         """Levels, increments, cumulative sums and shares of each estimator; an estimator without values is one row."""
-        owners = tuple(str(place.owner) for place in state.places[1:])
         if state.clusters is not None:
-            yield from self._information_rows(state, setting, owners)
-        if self._measures("token_prediction"):
+            yield from self._information_rows(state, setting)
+        if self.measures("token_prediction"):
             for column, split in enumerate(("same", "split_half")):
                 if split in self.tp_split:
-                    yield from self._prediction_rows(state, setting, owners, split, column)
-        if self._measures("lens_loss"):
-            yield from self._lens_rows(state, setting, owners)
+                    yield from self._prediction_rows(state, setting, split, column)
+        if self.measures("lens_loss"):
+            yield from self._lens_rows(state, setting)
 
-    def _rule(self, falling: bool = False) -> Rule:
-        return Rule(start=self.ratio_start, negative=self.ratio_negative, falling=falling)
+    def _derived(self, state: ContributionState, falling: bool = False) -> Derived:
+        owners = tuple(str(place.owner) for place in state.places[1:])
+        return Derived(owners, Rule(start=self.ratio_start, negative=self.ratio_negative, falling=falling))
 
-    def _information_rows(self, state: ContributionState, setting: Setting, owners: tuple[str, ...]) -> Iterator[Row]:
+    def _information_rows(self, state: ContributionState, setting: Setting) -> Iterator[Row]:
         data, mi = setting.data, state.sample.mi
         assert state.clusters is not None and data.target is not None
         unit_of = np.repeat(setting.unit_of, data.lengths)[mi]
         present, groups = np.unique(setting.unit_keys[unit_of] % np.uint64(GROUPS), return_inverse=True)
         levels = state.clusters.levels(data.target[mi], groups, self.mi_debias, setting.seed)
-        derive = Derived(owners, self._rule())
-        derived = derive(levels.mean(0))
+        derive = self._derived(state)
+        derived, by_seed = derive(levels.mean(0)), derive(levels[:, 0])
         several = len(present) > 1
         errors = [
             jackknife(v, list(rest)) if several else None for v, rest in zip(derived[0], derived[1:].T, strict=True)
         ]
-        by_seed = derive(levels[:, 0])
-        errors[-3] = _with_seeds(errors[-3], by_seed[:, -3])  # the total gain's decides whether there are shares
-        documents = len(np.unique(unit_of))
-        estimate = Estimate("mutual_information", "nats", self.mi_state, "MI", derived[0], errors, len(mi), documents)
+        errors[TOTAL] = with_seeds(errors[TOTAL], by_seed[:, TOTAL])  # it decides whether there are shares
+        names = Names("mutual_information", "nats", self.mi_state, "MI")
+        estimate = Estimate(names, derived[0], errors, len(mi), len(np.unique(unit_of)))
         yield from rows_of(estimate, state.places)
-        yield from _over_seeds(by_seed, share_reason(derived[0, -3], errors[-3]), estimate)
+        yield from over_seeds(by_seed, estimate)
 
-    def _prediction_rows(
-        self, state: ContributionState, setting: Setting, owners: tuple[str, ...], split: str, column: int
-    ) -> Iterator[Row]:
+    def _prediction_rows(self, state: ContributionState, setting: Setting, split: str, column: int) -> Iterator[Row]:
         row = Row(metric="token_prediction", value=None, unit="1", reason="", variant=split, layer=0, site="resid")
         if not state.prototypes:
-            reason = f"no target comes {self.tp_min_count} times in {setting.data.num_tokens:,} tokens"
-            yield replace(row, reason=reason)
+            yield row.missing(f"no target comes {self.tp_min_count} times in {setting.data.num_tokens:,} tokens")
             return
         hit = state.hits[:, :, column].numpy()  # [places, units]
         same = np.broadcast_to(state.counts[:, 0].numpy(), hit.shape)
         total = same if split == "same" else state.hits[:, :, 2].numpy()
         if not total.sum(1).all():
-            yield replace(row, reason="no target comes in both halves of the documents")
+            yield row.missing("no target comes in both halves of the documents")
             return
-        yield from self._ratio_rows(
-            hit, total, setting, owners, state.places, ("token_prediction", "1", split, f"TP/{split}")
-        )
+        names = Names("token_prediction", "1", split, f"TP/{split}")
+        yield from rows_of(ratios(names, hit, total, setting, self._derived(state)), state.places)
 
-    def _lens_rows(self, state: ContributionState, setting: Setting, owners: tuple[str, ...]) -> Iterator[Row]:
-        kind = self._asked(setting.view).kind
+    def _lens_rows(self, state: ContributionState, setting: Setting) -> Iterator[Row]:
+        kind = self.asked(setting.view).kind
         if state.no_lens is not None:
             reason = state.no_lens
             yield Row(metric="lens_loss", value=None, unit="nats", reason=reason, variant=kind, layer=0, site="resid")
             return
         total = np.broadcast_to(state.counts[:, 1].numpy(), state.losses.shape)
-        yield from self._ratio_rows(
-            state.losses.numpy(), total, setting, owners, state.places, ("lens_loss", "nats", kind, "lens")
-        )
-
-    def _ratio_rows(
-        self,
-        sums: np.ndarray,
-        counts: np.ndarray,
-        setting: Setting,
-        owners: tuple[str, ...],
-        places: list[Place],
-        words: tuple[str, str, str, str],
-    ) -> Iterator[Row]:
-        """Rows of levels that are sums over counts [places, units], with errors over units."""
-        came = counts.sum(0) > 0
-        columns = np.concatenate([sums[:, came], counts[:, came]]).T
-        derive = Derived(owners, self._rule(falling=words[0] == "lens_loss"))
-
-        def statistic(totals: np.ndarray) -> np.ndarray:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                return derive(totals[:, : len(sums)] / totals[:, len(sums) :])
-
-        values, errors = bootstrap(columns, setting.unit_keys[came], statistic, setting.seed)
-        estimate = Estimate(*words, values, errors, int(counts[0].sum()), int(came.sum()))
-        yield from rows_of(estimate, places)
-
-
-@dataclass(slots=True, eq=False)
-class _Tokens:
-    """Which of a batch's real tokens [n] count for what, found once for all places."""
-
-    fits: Tensor  # rows that centres are fitted on
-    labelled: Tensor  # rows in the MI sample
-    places: Tensor  # their places in it
-    kept: Tensor  # rows whose target is a class
-    classes: Tensor
-    halves: Tensor
-    kept_units: Tensor
-    lens: Tensor
-    lens_targets: Tensor
-    lens_units: Tensor
-    lens_states: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, sample: Sample, sight: Sight) -> "_Tokens":
-        """Look up every real token of the batch."""
-        device = sight.mask.device
-        real = sight.mask.cpu()
-        token = sight.token[real]
-        units = sight.unit.cpu()[sight.owners().cpu()]
-        assert sight.target is not None
-        target = sight.target.cpu()[real]
-
-        def rows(chosen: Tensor) -> Tensor:
-            return chosen.nonzero()[:, 0]
-
-        at, classes = sample.mi_at[token], sample.class_of[token]
-        labelled, kept, lens = rows(at >= 0), rows(classes >= 0), rows(sample.lens[token])
-        return cls(
-            fits=rows(sample.fits[token]).to(device),
-            labelled=labelled.to(device),
-            places=at[labelled].long(),
-            kept=kept.to(device),
-            classes=classes[kept].long().to(device),
-            halves=sample.half[units[kept]].to(device),
-            kept_units=units[kept],
-            lens=lens.to(device),
-            lens_targets=target[lens].to(device),
-            lens_units=units[lens],
-        )
-
-
-def _with_seeds(error: Error | None, values: np.ndarray) -> Error | None:
-    """An error over documents with that over k-means seeds added to it, root of the sum of squares."""
-    if error is None or len(values) < 2 or not np.isfinite(values).all():
-        return error
-    stderr = float(np.hypot(error.stderr, values.std(ddof=1) / len(values) ** 0.5))
-    return replace(error, stderr=stderr)
-
-
-def _over_seeds(derived: np.ndarray, reason: str | None, estimate: Estimate) -> Iterator[Row]:
-    """Shares averaged over k-means seeds, with the error over them."""
-    seeds = len(derived)
-    for offset, metric in ((2, "share_mha"), (1, "share_ffn")):
-        common = {"metric": metric, "unit": "1", "variant": "MI/over_seeds", "n": seeds}
-        own = derived[:, -offset]
-        if reason is None and seeds < 2:
-            reason = "one k-means seed only"
-        if reason is None and not np.isfinite(own).all():
-            reason = "one k-means seed finds no total gain at all"
-        if reason is not None:
-            yield Row(value=None, reason=reason, documents=estimate.documents, **common)
-            continue
-        stderr = float(own.std(ddof=1) / seeds**0.5)
-        value = float(own.mean())
-        ends = Error(stderr, value - 1.96 * stderr, value + 1.96 * stderr)
-        yield Row(value=value, stderr=ends.stderr, low=ends.low, high=ends.high, documents=estimate.documents, **common)
-
-
-def _looked_up(tokens: int, sample: np.ndarray) -> Tensor:
-    """[tokens] int32 place of each token in the sample, -1 elsewhere."""
-    place = np.full(tokens, -1, dtype=np.int32)
-    place[sample] = np.arange(len(sample), dtype=np.int32)
-    return torch.from_numpy(place)
-
-
-def _marked(tokens: int, sample: np.ndarray) -> Tensor:
-    """[tokens] whether a token is in the sample."""
-    marks = np.zeros(tokens, dtype=bool)
-    marks[sample] = True
-    return torch.from_numpy(marks)
+        names = Names("lens_loss", "nats", kind, "lens")
+        derive = self._derived(state, falling=True)
+        yield from rows_of(ratios(names, state.losses.numpy(), total, setting, derive), state.places)

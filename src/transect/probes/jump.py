@@ -1,7 +1,7 @@
 """Where hidden states jump: displacement, jump rate, angles between all layers, update size and stream norm."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -209,10 +209,9 @@ class Jump(Probe):
         for (metric, layer, layer_to), number, error in zip(names, value, errors, strict=True):
             if metric in ("count", "rise"):
                 continue
-            row = Row(metric=metric, value=float(number), unit=_UNITS[metric], layer=layer, **common)
-            if metric in ("angular_distance", "jump_rate"):
-                row = replace(row, layer_to=layer_to)
-            yield row if error is None else replace(row, stderr=error.stderr, low=error.low, high=error.high)
+            to = layer_to if metric in ("angular_distance", "jump_rate") else None
+            row = Row(metric=metric, value=0.0, unit=_UNITS[metric], layer=layer, layer_to=to, **common)
+            yield row.measured(float(number), error)
 
 
 _DISPLACEMENTS = {

@@ -158,10 +158,7 @@ class Similarity(Probe):
                 for group in filled.nonzero()[:, 0].tolist()
                 if number - float(counts[layer, group]) > 1
             ]
-            row = replace(row, value=value, reason=None)
-            error = jackknife(value, left)
-            row = row if error is None else replace(row, stderr=error.stderr, low=error.low, high=error.high)
-            yield replace(row, documents=setting.units)
+            yield replace(row, documents=setting.units).measured(value, jackknife(value, left))
 
 
 def _sampled(state: SimilarityState, setting: Setting, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,15 +203,11 @@ def _matrix_rows(full: tuple, without: list[tuple], common: dict) -> Iterator[Ro
     matrix, effective, participation = full
     for left in range(len(matrix)):
         for right in range(left, len(matrix)):
-            row = Row(metric="cka", value=float(matrix[left, right]), unit="1", layer=left, layer_to=right, **common)
-            yield _with_error(row, [float(other[0][left, right]) for other in without])
+            value = float(matrix[left, right])
+            error = jackknife(value, [float(other[0][left, right]) for other in without])
+            row = Row(metric="cka", value=value, unit="1", layer=left, layer_to=right, **common)
+            yield row.measured(value, error)
     for metric, values, index in (("effective_rank", effective, 1), ("participation_ratio", participation, 2)):
         for layer, value in enumerate(values):
             row = Row(metric=metric, value=value, unit="directions", layer=layer, **common)
-            yield _with_error(row, [other[index][layer] for other in without])
-
-
-def _with_error(row: Row, left_out: list[float]) -> Row:
-    assert row.value is not None
-    error = jackknife(row.value, left_out)
-    return row if error is None else replace(row, stderr=error.stderr, low=error.low, high=error.high)
+            yield row.measured(value, jackknife(value, [other[index][layer] for other in without]))

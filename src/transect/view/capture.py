@@ -82,8 +82,7 @@ def check_site(name: str) -> None:
 
 
 def _taps(view: "View", layer: int, names: Iterable[str]) -> dict[str, Tap]:
-    if not 0 <= layer < view.num_layers:
-        raise InputError(f"layer {layer} does not exist; {view.name} has layers 0 to {view.num_layers - 1}")
+    view.check_layer(layer)
     known = view.maps[layer]
     for name in names:
         check_site(name)

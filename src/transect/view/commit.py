@@ -19,7 +19,8 @@ from transect.errors import InputError
 from transect.results import make_folder
 from transect.view import edits
 from transect.view.discover import no_cache
-from transect.view.surgery import InexpressibleError, Values, align, rebuilt, refuse_shared, silenced
+from transect.view.load import align
+from transect.view.surgery import InexpressibleError, Values, rebuilt, refuse_shared, silenced
 from transect.view.tensors import logits_of
 
 if TYPE_CHECKING:

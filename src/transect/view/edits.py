@@ -9,12 +9,12 @@ from torch import Tensor
 
 from transect.errors import InputError
 from transect.view.capture import site_value
-from transect.view.experts import experts_of, unheard, without
+from transect.view.experts import silent
 from transect.view.layout import Tap
 from transect.view.order import reordered
 from transect.view.randomise import randomise as randomise
 from transect.view.sites import ELEMENTS
-from transect.view.walk import Use, Walk
+from transect.view.walk import Use, Walk, unheard
 
 if TYPE_CHECKING:
     from transect.view.view import View
@@ -38,8 +38,8 @@ def order(view: "View", layers: Sequence[int]) -> AbstractContextManager[None]:
 
 def swap(view: "View", first: int, second: int) -> AbstractContextManager[None]:
     """Exchange two layers; swapping twice restores. Raises InputError for a layer that does not exist."""
-    _check_layer(view, first)
-    _check_layer(view, second)
+    view.check_layer(first)
+    view.check_layer(second)
     layers = list(range(view.num_layers))
     layers[first], layers[second] = second, first
     return reordered(view, tuple(layers))
@@ -47,7 +47,7 @@ def swap(view: "View", first: int, second: int) -> AbstractContextManager[None]:
 
 def repeat(view: "View", layer: int, times: int) -> AbstractContextManager[None]:
     """Run one layer `times` times in a row where it stands; 1 changes nothing, 0 leaves it out."""
-    _check_layer(view, layer)
+    view.check_layer(layer)
     if times < 0:
         raise InputError(f"times is {times}; a layer can be run 0 or more times")
     layers = range(view.num_layers)
@@ -74,13 +74,13 @@ def remove(
     """
     if part not in PARTS:
         raise InputError(f"unknown part {part!r}; parts are {', '.join(PARTS)}")
-    _check_layer(view, layer)
+    view.check_layer(layer)
     if part == "layer":
         with reordered(view, tuple(other for other in range(view.num_layers) if other != layer)):
             yield
         return
     if part == "expert":
-        with _tapped(view, layer, without(experts_of(view, layer), layer, expert)):
+        with silent(view, layer, expert):
             yield
         return
     site = "heads_out" if part == "head" else f"{part}_out"
@@ -106,7 +106,7 @@ def replace(view: "View", element: str, layer: int, function: Function) -> Itera
     """
     if element not in ELEMENTS:
         raise InputError(f"unknown element {element!r}; elements are {', '.join(ELEMENTS)}")
-    _check_layer(view, layer)
+    view.check_layer(layer)
     chosen = ELEMENTS[element]
     for site in chosen.sites:
         _tap(view, layer, site)
@@ -153,7 +153,7 @@ def scale_residual(view: "View", layer: int, weight: float, residual: str = "bot
     """
     if residual not in RESIDUALS:
         raise InputError(f"unknown residual {residual!r}; allowed are {', '.join(RESIDUALS)}")
-    _check_layer(view, layer)
+    view.check_layer(layer)
     known = view.maps[layer]
     uses: list[tuple[Tap, Use]] = []
     names = known.sublayers if residual == "both" else (residual,)
@@ -209,8 +209,3 @@ def _tap(view: "View", layer: int, site: str) -> Tap:
     if site not in known.taps:
         raise InputError(f"layer {layer} of {view.name} has no {site}: {known.missing.get(site, 'no such site')}")
     return known.taps[site]
-
-
-def _check_layer(view: "View", layer: int) -> None:
-    if not 0 <= layer < view.num_layers:
-        raise InputError(f"layer {layer} does not exist; {view.name} has layers 0 to {view.num_layers - 1}")

@@ -1,6 +1,6 @@
 """The experts of a sparse FFN, seen one at a time through the model's own fused module, found and proven by value."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -15,7 +15,7 @@ from transect.view.layout import Tap
 from transect.view.prove import BOUNDS
 from transect.view.tensors import Key, eps, parts
 from transect.view.trace import Call, recorded
-from transect.view.walk import OrderError, Use, Walk
+from transect.view.walk import Use, Walk, unheard
 
 if TYPE_CHECKING:
     from transect.view.view import View
@@ -25,11 +25,9 @@ if TYPE_CHECKING:
 class Experts:
     """The fused experts of one layer: where they are, how they are called and how well that was proven.
 
-    `path` is relative to the layer. `count` experts, of which a token has `active`; `intermediate` is the width inside
-    one expert, None where the shapes do not tell. `taps` has `input` [tokens, width], `index` [tokens, active] and
-    `weight` [tokens, active], or [tokens, count] where `per_expert`. `shared` are the paths of the experts that every
-    token has, with or without a gate; None where what the FFN adds beside the routed ones is no module's output.
-    `residual` is that of: output = sum over the choices of weight * one expert.
+    `path` is relative to the layer. `count` experts, of which a token has `active`. `taps` has `input` [tokens, width],
+    `index` [tokens, active] and `weight` [tokens, active], or [tokens, count] where `per_expert`. `residual` is that
+    of: output = sum over the choices of weight * one expert.
     """
 
     path: str
@@ -37,21 +35,7 @@ class Experts:
     active: int
     taps: dict[str, Tap]
     per_expert: bool
-    intermediate: int | None = None
-    shared: tuple[str, ...] | None = None
     residual: float = float("inf")
-
-
-@dataclass(frozen=True, slots=True)
-class Routed:
-    """What the experts of one layer were given in one pass; rows are tokens, padding included, batch-major.
-
-    hidden [tokens, width]; index [tokens, active], whole numbers, -1 = dropped; weight [tokens, active], 0 = dropped.
-    """
-
-    hidden: Tensor
-    index: Tensor
-    weight: Tensor
 
 
 def experts_of(view: "View", layer: int) -> Experts:
@@ -63,14 +47,14 @@ def experts_of(view: "View", layer: int) -> Experts:
     layer without a sparse FFN, and with module path and residual where the proof fails. Cost: a forward pass of 22
     tokens, and those tokens through the chosen experts again.
     """
-    call, calls = _experts_call(view, layer)
+    call = _experts_call(view, layer)
     path = f"{view.layer_path(layer)}.{call.path}"
     bound = BOUNDS.get(view.dtype, 8 * eps(view.dtype))
     best = float("inf")
     for known in _readings(call, view.width, path):
         residual = _residual(view, call, known)
         if residual <= bound:
-            return replace(known, residual=residual, shared=_shared(call, calls, bound))
+            return replace(known, residual=residual)
         best = min(best, residual)
     raise InputError(
         f"{view.name}: at {path} the identity output = sum of weight * expert does not hold; "
@@ -105,42 +89,6 @@ def choices(experts: Experts, index: Tensor, weight: Tensor) -> tuple[Tensor, Te
     return index.masked_fill(dropped, -1), weight.masked_fill(dropped, 0)
 
 
-@contextmanager
-def routed(view: "View", experts: Mapping[int, Experts], consume: Callable[[int, Routed], None]) -> Iterator[None]:
-    """Hand what the experts of each named layer receive to `consume(layer, routed)` as soon as the layer is done.
-
-    `experts` maps layers, in the executed order, to what `experts_of` gave. Tensors are the model's own; an edit made
-    before is seen, one made inside is not. Raises InputError for a layer that does not exist, and OrderError where the
-    experts are not called exactly once in a pass. Cost: no extra computation.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str, tap: Tap) -> Use:
-        def use(place: int, tensor: Tensor) -> None:
-            if name in seen:
-                raise OrderError(f"layer {place}: its experts were called twice at {tap}")
-            seen[name] = tensor.clone() if tap.overwritten else tensor
-
-        return use
-
-    def leave(place: int) -> None:
-        if place in experts:
-            if not seen:
-                raise OrderError(f"layer {place}: its experts at {experts[place].path} were not called")
-            index, weight = choices(experts[place], seen["index"], seen["weight"])
-            consume(place, Routed(seen["input"], index, weight))
-        seen.clear()
-
-    for layer in experts:
-        _check_layer(view, layer)
-    with Walk(view, lambda _: seen.clear(), leave) as walk:
-        for loaded, known in {view.executed[layer]: known for layer, known in experts.items()}.items():
-            for name, tap in known.taps.items():
-                walk.tap(loaded, tap, keep(name, tap))
-        walk.leave_last()
-        yield
-
-
 def without(experts: Experts, layer: int, expert: int | None) -> list[tuple[Tap, Use]]:
     """What to do at which taps so that one expert adds exactly zero: its weight becomes 0, the others keep theirs.
 
@@ -161,7 +109,7 @@ def without(experts: Experts, layer: int, expert: int | None) -> list[tuple[Tap,
 
 
 @contextmanager
-def silent(view: "View", layer: int, expert: int, experts: Experts | None = None) -> Iterator[None]:
+def silent(view: "View", layer: int, expert: int | None, experts: Experts | None = None) -> Iterator[None]:
     """`edits.remove` of one expert, with nothing proven anew where `experts` is what `experts_of` gave.
 
     Raises InputError for a layer without a sparse FFN or an expert out of range. Cost: nothing of its own.
@@ -173,30 +121,15 @@ def silent(view: "View", layer: int, expert: int, experts: Experts | None = None
         yield
 
 
-@contextmanager
-def unheard(view: "View") -> Iterator[None]:
-    """Let a replacement call the model's own modules without its taps, and those of a capture, firing."""
-    before, view.replacing = view.replacing, True
-    try:
-        yield
-    finally:
-        view.replacing = before
-
-
 def _check_expert(experts: Experts, layer: int, expert: int | None) -> int:
     if expert is None or not 0 <= expert < experts.count:
         raise InputError(f"expert is {expert}; layer {layer} has experts 0 to {experts.count - 1}")
     return expert
 
 
-def _check_layer(view: "View", layer: int) -> None:
-    if not 0 <= layer < view.num_layers:
-        raise InputError(f"layer {layer} does not exist; {view.name} has layers 0 to {view.num_layers - 1}")
-
-
-def _experts_call(view: "View", layer: int) -> tuple[Call, list[Call]]:
-    """The call of the layer's experts on random tokens, and all calls of the layer in that pass."""
-    _check_layer(view, layer)
+def _experts_call(view: "View", layer: int) -> Call:
+    """The call of the layer's experts on random tokens."""
+    view.check_layer(layer)
     known = view.maps[layer]
     if not known.sparse:
         sparse = ", ".join(str(index) for index, other in enumerate(view.maps) if other.sparse) or "none"
@@ -218,7 +151,7 @@ def _experts_call(view: "View", layer: int) -> tuple[Call, list[Call]]:
             f"layer {layer} of {view.name}: {len(found)} calls of stacked matrices are given chosen experts at "
             f"{view.layer_path(layer)}; one call is needed to see its experts one at a time"
         )
-    return found[0], calls
+    return found[0]
 
 
 def _whole(item: Tensor) -> bool:
@@ -245,19 +178,7 @@ def _readings(call: Call, width: int, path: str) -> Iterator[Experts]:
         taps = {name: Tap(call.path, "in", key, overwritten=call.overwritten("in", key)) for name, key in keys.items()}
         for per_expert, columns in ((False, active), (True, count)):
             if shapes[2] == (tokens, columns):
-                yield Experts(call.path, count, active, taps, per_expert, _intermediate(stacks, width))
-
-
-def _intermediate(stacks: list[nn.Parameter], width: int) -> int | None:
-    """The width inside one expert: beside the stream's width, in one matrix or in two fused ones."""
-    beside: set[int] = set()
-    for stack in stacks:
-        sizes = list(stack.shape[1:])
-        if len(sizes) != 2 or width not in sizes:
-            return None
-        sizes.remove(width)
-        beside.add(sizes[0])
-    return min(beside) if beside <= {min(beside), 2 * min(beside)} else None
+                yield Experts(call.path, count, active, taps, per_expert)
 
 
 def _alone(module: nn.Module, known: Experts, expert: int, x: Tensor) -> Tensor:
@@ -303,29 +224,3 @@ def _apart(left: Tensor, right: Tensor) -> float:
 
 def _first(call: Call) -> Tensor:
     return next(iter(call.outputs.values()))
-
-
-def _shared(call: Call, calls: list[Call], bound: float) -> tuple[str, ...] | None:
-    """The modules beside the experts whose outputs, each times a number of the token, make up the rest of the FFN."""
-    block = call.path.rpartition(".")[0]
-    whole = next((other for other in calls if block and other.path == block), None)
-    if whole is None or not whole.outputs or _first(whole).numel() != _first(call).numel():
-        return None
-    experts = _first(call).double().cpu()
-    total = _first(whole).double().cpu().reshape(experts.shape)
-    if torch.equal(total, experts):
-        return ()
-    beside: dict[str, Tensor] = {}
-    for other in calls:
-        inside = other.path != block and below(other.path, block) and not below(other.path, call.path)
-        if not inside or any(below(other.path, path) for path in beside) or not other.outputs:
-            continue
-        if _first(other).numel() == experts.numel() and any(True for _ in other.module.parameters()):
-            beside[other.path] = _first(other).double().cpu().reshape(experts.shape)
-    if not beside:
-        return None
-    columns = torch.stack(list(beside.values()), dim=-1)
-    numbers = torch.linalg.lstsq(columns, (total - experts)[..., None]).solution
-    if _apart(total, experts + (columns @ numbers)[..., 0]) > bound:
-        return None
-    return tuple(path for path, size in zip(beside, numbers.abs().amax((0, 2)).tolist(), strict=True) if size > bound)

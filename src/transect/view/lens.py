@@ -29,8 +29,12 @@ class Lens:
         if not view.has_head:
             raise InputError(f"{view.name} has no head, so states cannot be read as tokens; load one with its head")
         self.view = view
+        pad = view.model.config.pad_token_id
+        self._token = 1 if pad == 0 else 0  # any but the padding token, which models warn of
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, view.vocab_size, (_ROWS, _POSITIONS), generator=generator)
+        if pad is not None:
+            ids[ids == pad] = self._token
         with torch.no_grad(), resumed(view, ()) as made:
             logits = view.run(ids, head=True)
         self._like = made
@@ -44,7 +48,7 @@ class Lens:
 
         Cost: 2 width vocabulary operations a token, and the embedding of one token each.
         """
-        ids = torch.zeros(len(states), 1, dtype=torch.long)
+        ids = torch.full((len(states), 1), self._token)
         shaped = states.to(self.view.dtype)[:, None]
         known = [put(value, self._key(place), shaped) for place, value in enumerate(self._like)]
         with torch.no_grad(), resumed(self.view, known):

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from transect.errors import InputError
 from transect.view.checkpoints import checkpoints, home, last
-from transect.view.surgery import align
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_ALIGNMENT = 64  # bytes; what torch gives its own tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,14 @@ def load_model(
         model, tokenizer = _read(where, kind, trust_remote_code)
     align(model)
     return Loaded(_placed(model, device, live=False), tokenizer, where.name, where.label, where.notes)
+
+
+@torch.no_grad()
+def align(model: nn.Module) -> None:
+    """Move weights that lie where a file left them to addresses as torch chooses them; CPU kernels round by address."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from transect.view.walk import Walk
 if TYPE_CHECKING:
     from transect.view.view import View
 
-_PER_LAYER = ("layer_types", "attention_layers", "no_rope_layers", "mlp_layer_types", "layers_block_type")
+PER_LAYER = ("layer_types", "attention_layers", "no_rope_layers", "mlp_layer_types", "layers_block_type")
 """Config lists with one entry a layer; they move with the layers."""
 
 
@@ -96,7 +96,7 @@ def _repair_config(stack: ExitStack, config: Any, order: Sequence[int], count: i
     for name in ("num_hidden_layers", "num_hidden_groups"):
         if isinstance(getattr(config, name, None), int):
             _set(stack, config, name, len(order))
-    for name in _PER_LAYER:
+    for name in PER_LAYER:
         entries = getattr(config, name, None)
         if isinstance(entries, (list, tuple)) and len(entries) == count:
             _set(stack, config, name, type(entries)(entries[index] for index in order))

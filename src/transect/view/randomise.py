@@ -27,8 +27,7 @@ def randomise(view: "View", element: str, layer: int, seed: int = 0) -> Iterator
     """
     if element not in ELEMENTS:
         raise InputError(f"{element} cannot be given random weights; allowed are {', '.join(ELEMENTS)}")
-    if not 0 <= layer < view.num_layers:
-        raise InputError(f"layer {layer} does not exist; {view.name} has layers 0 to {view.num_layers - 1}")
+    view.check_layer(layer)
     owner = view.layers[layer]
     others = {id(p) for module in view.layers if module is not owner for p in module.parameters()}
     if view.layers.count(owner) > 1 or any(id(p) in others for p in owner.parameters()):

@@ -16,16 +16,13 @@ from transformers import PreTrainedModel
 
 from transect.view.experts import experts_of, one
 from transect.view.kinds import below, is_experts, is_linear
-from transect.view.order import _PER_LAYER
+from transect.view.order import PER_LAYER
 
 if TYPE_CHECKING:
     from transect.view.view import View
 
 Values = dict[str, Tensor]
 """New values of parameters, by their names in the model."""
-
-_ALIGNMENT = 64
-"""Bytes; what torch gives its own tensors."""
 
 _PLACES = ("layer_idx", "layer_id")
 """Attributes that say where a layer stands; they are meant to differ."""
@@ -168,14 +165,6 @@ def replaced(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
             parameter.data = before[name]
 
 
-@torch.no_grad()
-def align(model: nn.Module) -> None:
-    """Move weights that lie where a file left them to addresses as torch chooses them; CPU kernels round by address."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.data_ptr() % _ALIGNMENT:
-            tensor.data = tensor.data.clone()
-
-
 def _branch(view: "View", layer: int, site: str) -> Tensor:
     with torch.no_grad(), view.capture((site,), [layer]) as seen:
         view.run(_tokens(view))
@@ -245,7 +234,7 @@ def _moved_config(view: "View", order: Sequence[int]) -> Any:
     config, count = copy.deepcopy(view.model.config), view.num_layers
     if list(order) == list(range(count)):
         return config
-    for name in _PER_LAYER:
+    for name in PER_LAYER:
         entries = getattr(config, name, None)
         if isinstance(entries, (list, tuple)) and len(entries) == count:
             setattr(config, name, type(entries)(entries[index] for index in order))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,9 +64,9 @@ def planned_evaluations(variants: Iterable[Variant], layers: int) -> tuple[int, 
     All swaps of L layers: (L-1) L (L+1) / 3 + L; adjacent ones: (L-1) (L+2) / 2 + L.
     """
     intact = tuple((layer, ()) for layer in range(layers))
-    paths = [intact, *(variant.steps for variant in variants)]
-    prefixes = {path[:length] for path in paths for length in range(1, len(path) + 1)}
-    return len(prefixes), sum(len(path) for path in paths)
+    paths = sorted([intact, *(variant.steps for variant in variants)])
+    total = sum(len(path) for path in paths)
+    return total - sum(_common(left, right) for left, right in pairwise(paths)), total
 
 
 def run_all(view: "View", ids: Tensor, mask: Tensor, variants: Sequence[Variant]) -> Iterator[Ran]:

@@ -220,6 +220,11 @@ class View:
                 "use the tokenizer this model was trained with"
             )
 
+    def check_layer(self, layer: int) -> None:
+        """Raise InputError for a number that is no layer of the executed order."""
+        if not 0 <= layer < self.num_layers:
+            raise InputError(f"layer {layer} does not exist; {self.name} has layers 0 to {self.num_layers - 1}")
+
     def _looks_back_only(self, ids: Tensor) -> bool:
         """Whether another last token leaves every state before it as it was."""
         changed = ids.clone()

@@ -1,7 +1,7 @@
 """Know which executed layer a module call belongs to, and that every layer runs once and in the order expected."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
@@ -22,6 +22,16 @@ class OrderError(RuntimeError):
 
 def _nothing(place: int) -> None:
     """Do nothing on entering or leaving a layer."""
+
+
+@contextmanager
+def unheard(view: "View") -> Iterator[None]:
+    """Let a replacement call the model's own modules without its taps, and those of a capture, firing."""
+    before, view.replacing = view.replacing, True
+    try:
+        yield
+    finally:
+        view.replacing = before
 
 
 class Walk:

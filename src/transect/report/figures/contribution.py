@@ -17,6 +17,23 @@ _POSITION = Field(
     uses=("site",),
     format="~g",
 )
+_CHANGES = (
+    (
+        "/cumulative",
+        "cumulative",
+        "attention against FFN",
+        "The changes up to a layer added up, by {estimator}; where a line ends is what its half brings.",
+        lines,
+    ),
+    (
+        "/increment",
+        "increments",
+        "change by each half",
+        "By {estimator}. A bar against the direction of the whole curve takes away what others bring.",
+        bars,
+    ),
+)
+"""Rows, file name, title, note and chart."""
 _HALVES = {"attn": "attention", "ffn": "FFN", "both": "both at once"}
 
 
@@ -27,7 +44,7 @@ def figures(pick: Pick) -> list[Figure]:
         figure
         for metric in _LEVELS
         for label, one in by_series(pick.where("metric", metric))
-        for figure in (*_cumulative(one, metric, label), *_increments(one, metric, label))
+        for figure in _changes(one, metric, label)
     ]
     return [*_shares(pick.where("metric", "share_mha")), *levels, *halves]
 
@@ -88,24 +105,17 @@ def _level(pick: Pick, metric: str) -> list[Figure]:
     return [Figure(name=f"{metric}_levels", title=title, spec=spec_of(chart), note=note)]
 
 
-def _cumulative(pick: Pick, metric: str, label: str) -> list[Figure]:
-    chosen = _main_of(pick.matching("variant", lambda name: name.endswith("/cumulative")))
-    if not chosen.present:
-        return []
-    spec = spec_of(lines(chosen, _values(chosen, ", change"), _half(chosen)))
-    note = f"The changes up to a layer added up, by {_estimator(chosen)}; where a line ends is what its half brings."
-    title = f"{_title(metric)}: attention against FFN"
-    return [Figure(name=file_name(f"{metric}_cumulative", label), title=title + label, spec=spec, note=note)]
-
-
-def _increments(pick: Pick, metric: str, label: str) -> list[Figure]:
-    chosen = _main_of(pick.matching("variant", lambda name: name.endswith("/increment")))
-    if not chosen.present:
-        return []
-    spec = spec_of(bars(chosen, _values(chosen, ", change"), _half(chosen)))
-    title = f"{_title(metric)}: change by each half"
-    note = f"By {_estimator(chosen)}. A bar against the direction of the whole curve takes away what others bring."
-    return [Figure(name=file_name(f"{metric}_increments", label), title=title + label, spec=spec, note=note)]
+def _changes(pick: Pick, metric: str, label: str) -> list[Figure]:
+    """What each half adds, summed up along the network and layer by layer."""
+    found = []
+    for variant, name, title, note, draw in _CHANGES:
+        chosen = _main_of(pick.matching("variant", lambda given, end=variant: given.endswith(end)))
+        if chosen.present:
+            spec = spec_of(draw(chosen, _values(chosen, ", change"), _half(chosen)))
+            title = f"{_title(metric)}: {title}{label}"
+            note = note.format(estimator=_estimator(chosen))
+            found.append(Figure(name=file_name(f"{metric}_{name}", label), title=title, spec=spec, note=note))
+    return found
 
 
 def _half(pick: Pick) -> Field:
