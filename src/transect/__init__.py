@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what the lazy names below are, for type checkers and editors
     from transect import data as data
     from transect import probes as probes
+    from transect import recipes as recipes
     from transect.errors import InputError as InputError
     from transect.measure import measure as measure
+    from transect.models import penalties as penalties
     from transect.report import write_report as write_report
     from transect.results import Row as Row
     from transect.results import Table as Table
@@ -33,7 +35,9 @@ _NAMES = {
     "write_report": ("transect.report", "write_report"),
     "data": ("transect.data", None),
     "edits": ("transect.view.edits", None),
+    "penalties": ("transect.models.penalties", None),
     "probes": ("transect.probes", None),
+    "recipes": ("transect.recipes", None),
 }
 
 __all__ = [*_NAMES]

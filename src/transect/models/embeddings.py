@@ -21,9 +21,14 @@ class Embeddings(nn.Module):
 
     def forward(self, embedded: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """embedded [batch, positions, width] are rows of `tokens`; positions and types [batch or 1, positions]."""
+        x = self.summed(embedded, positions, types)
+        return self.dropout(x if self.norm is None else self.norm(x))
+
+    def summed(self, embedded: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+        """The sum of the tables' rows, before norm and dropout."""
         x = embedded if self.scale == 1.0 else embedded * self.scale
         if self.types is not None:
             x = x + self.types(torch.zeros_like(positions) if types is None else types)
         if self.positions is not None:
             x = x + self.positions(positions)
-        return self.dropout(x if self.norm is None else self.norm(x))
+        return x

@@ -1,7 +1,7 @@
 """The four heads: next token, masked token, a class for a sequence, the best of several choices."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from transect.errors import InputError
 from transect.models.activations import Activation
 from transect.models.config import ModelConfig
 from transect.models.norms import norm
+from transect.models.penalties.base import loss_positions
 from transect.models.transformer import Numbers, TransectConfig, TransectModel, TransectPreTrainedModel, TrunkOutput
 
 IGNORED = -100
@@ -89,6 +90,12 @@ class TransectForCausalLM(_ForTokens, GenerationMixin):
     """Predicts the next token; `generate` works for every block, with and without the cache."""
 
     objective = "causal"
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **unused: Any) -> Tensor | None:
+        """The mask as it is, one number for each position: a static cache needs no other."""
+        return attention_mask
+
     _tied_weights_keys: ClassVar[dict[str, str]] = {"head.decoder.weight": "model.embeddings.tokens.weight"}
 
     def forward(
@@ -103,11 +110,13 @@ class TransectForCausalLM(_ForTokens, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        step: int | None = None,
         return_dict: bool | None = None,
     ) -> HeadOutput | tuple:
         """labels [batch, positions] are the ids themselves, moved by one here; -100 is not counted.
 
         main loss: mean cross-entropy in nats over the counted positions. logits_to_keep: the last so many positions.
+        step: the training step, which penalties with a schedule need.
         """
         trunk = self.model(
             input_ids=input_ids,
@@ -118,6 +127,8 @@ class TransectForCausalLM(_ForTokens, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            loss_mask=None if labels is None else loss_positions(labels, causal=True),
+            step=step,
         )
         hidden = trunk.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
@@ -147,9 +158,10 @@ class TransectForMaskedLM(_ForTokens):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        step: int | None = None,
         return_dict: bool | None = None,
     ) -> HeadOutput | tuple:
-        """labels [batch, positions] are the original ids at masked positions, -100 elsewhere."""
+        """labels [batch, positions] are the original ids at masked positions, -100 elsewhere; step as above."""
         trunk = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -157,6 +169,8 @@ class TransectForMaskedLM(_ForTokens):
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
+            loss_mask=None if labels is None else loss_positions(labels, causal=False),
+            step=step,
         )
         logits = self.head(trunk.last_hidden_state)
         main = None

@@ -1,6 +1,9 @@
 """The reference Transformer: embeddings, a stack of layers that may all differ, a final norm; a Hugging Face model."""
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +20,10 @@ from transect.models.embeddings import Embeddings
 from transect.models.init import draw, rule_for
 from transect.models.masks import Visible
 from transect.models.norms import FINAL, norm
+from transect.models.penalties._pass import PenaltyPass, build_penalty
+from transect.models.penalties.base import LayerSums
+from transect.models.selectors.base import Selector
+from transect.models.stub import write_stub
 
 Numbers = dict[str, Tensor]
 
@@ -47,6 +54,10 @@ class TransectConfig(PreTrainedConfig):
             if self.pad_token_id is None:
                 self.pad_token_id = settings.pad_token_id
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: our code is a package, of which no file needs to be copied beside the weights."""
 
     @property
     def settings(self) -> ModelConfig:
@@ -111,6 +122,16 @@ class TransectPreTrainedModel(PreTrainedModel):
         """A new model with these settings, drawn from torch's current random state; `config` goes to TransectConfig."""
         return cls(TransectConfig(architecture=settings.plain(), **config))
 
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any) -> None:
+        """As transformers saves, with a module that only imports ours, so that the folder reloads in any process."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
+        if is_main_process:
+            write_stub(Path(save_directory), type(self).__name__)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing, as for the configuration."""
+
     @property
     def settings(self) -> ModelConfig:
         """The settings that describe the model."""
@@ -128,6 +149,9 @@ class TransectPreTrainedModel(PreTrainedModel):
         for name, parameter in module.named_parameters(recurse=False):
             if not getattr(parameter, "_is_hf_initialized", False):
                 draw(parameter, rule_for(f"{self._path(module)}.{name}", parameter, settings.init), settings.layers)
+        loaded = any(getattr(buffer, "_is_hf_initialized", False) for buffer in module.buffers(recurse=False))
+        if isinstance(module, Selector) and not loaded:
+            module.reset_buffers()
 
     def _path(self, module: nn.Module) -> str:
         """A module's path below the trunk or, in a head, below the whole model; empty where it is in neither."""
@@ -150,6 +174,7 @@ class TransectModel(TransectPreTrainedModel):
         self.embeddings = Embeddings(settings)
         self.layers = nn.ModuleList(build(layer, settings, index) for index, layer in enumerate(settings.layer_configs))
         self.final_norm = norm(settings.norm, settings.width) if settings.norm.layout in FINAL else None
+        self.penalties = [build_penalty(config, settings.layers) for config in settings.penalties]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -173,12 +198,16 @@ class TransectModel(TransectPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        loss_mask: Tensor | None = None,
+        step: int | None = None,
         return_dict: bool | None = None,
     ) -> TrunkOutput | tuple:
         """attention_mask [batch, keys] is 0 at padding, on either side, cached keys included.
 
         Positions count real tokens only, unless position_ids are given. `inputs_embeds` stand in for rows of the token
-        table. The cache is made when `use_cache` asks for it; by default only `generate` does.
+        table. The cache is made when `use_cache` asks for it; by default only `generate` does. loss_mask [batch,
+        positions] says which states the main loss is computed from: only where it is given are penalties computed, with
+        the strength of training step `step`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give either input_ids or inputs_embeds")
@@ -187,17 +216,24 @@ class TransectModel(TransectPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         context = self._context(input_ids, embedded, attention_mask, position_ids, past_key_values)
         hidden = self.embeddings(embedded, context.positions, token_type_ids)
+        watch = self._watch(loss_mask, step, context, lambda: (embedded, context.positions, token_type_ids))
         streams: list[Tensor] = []
         losses: Numbers = {}
         stats: Numbers = {}
-        for place, index in enumerate(self.settings.modules):
+        sums: list[tuple[LayerSums, ...]] = []
+        for place in range(self.settings.layers):
             streams.append(hidden)
-            made = self._layer(self.layers[index], hidden, context, place)
+            made, seen = self._layer(place, hidden, context, watch)
             hidden = made.hidden
+            sums.append(seen)
             for name, loss in made.losses.items():
                 losses[name] = losses[name] + loss if name in losses else loss
             stats.update({f"layers.{place}.{name}": number for name, number in made.stats.items()})
         streams.append(hidden)
+        if watch is not None:
+            more, numbers = watch.totals(sums)
+            losses |= more
+            stats |= numbers
         output = TrunkOutput(
             last_hidden_state=hidden if self.final_norm is None else self.final_norm(hidden),
             past_key_values=past_key_values,
@@ -207,10 +243,28 @@ class TransectModel(TransectPreTrainedModel):
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def _layer(self, layer: nn.Module, hidden: Tensor, context: Context, place: int) -> BlockOutput:
+    def _layer(
+        self, place: int, hidden: Tensor, context: Context, watch: PenaltyPass | None
+    ) -> tuple[BlockOutput, tuple[LayerSums, ...]]:
+        layer = self.layers[self.settings.modules[place]]
+
+        def run(entering: Tensor) -> tuple[BlockOutput, tuple[LayerSums, ...]]:
+            made = layer(entering, context, place)
+            return made, () if watch is None else watch.layer(place, entering, made.hidden)
+
         if self.gradient_checkpointing and self.training:
-            return checkpoint(layer, hidden, context, place, use_reentrant=False)
-        return layer(hidden, context, place)
+            return checkpoint(run, hidden, use_reentrant=False)
+        return run(hidden)
+
+    def _watch(
+        self, loss_mask: Tensor | None, step: int | None, context: Context, embedded: Callable[[], tuple]
+    ) -> PenaltyPass | None:
+        """The penalties of this pass; None where there are none, so that nothing is computed for them."""
+        active = [] if loss_mask is None else [penalty for penalty in self.penalties if penalty.active(step)]
+        if not active:
+            return None
+        counted = [penalty.counted(loss_mask, context.real) for penalty in active]
+        return PenaltyPass(active, counted, step, self.final_norm, lambda: self.embeddings.summed(*embedded()))
 
     def _context(
         self,
@@ -221,7 +275,7 @@ class TransectModel(TransectPreTrainedModel):
         cache: Cache | None,
     ) -> Context:
         count, device = embedded.shape[1], embedded.device
-        offset = cache.get_seq_length() if cache is not None else 0
+        offset = int(cache.get_seq_length()) if cache is not None else 0
         real = None if mask is None else mask.to(device).bool()
         if real is not None and (real.shape[1] != offset + count or real.ndim != 2):
             raise InputError(
