@@ -4,15 +4,18 @@ import difflib
 import inspect
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import fields
 
 import typer
 
-from transect import registry
+from transect import recipes, registry
 from transect.errors import InputError
+from transect.recipes.reading import SUFFIXES
 
 WIDTH = 80
-KINDS = ("probes", "elements", "sites", "metrics", "models")
+NAME = 22
+KINDS = ("probes", "elements", "sites", "metrics", "models", "recipes")
 MODELS = """
 albert bert bloom cohere deepseek_v3 distilbert electra falcon gemma2 gemma3_text gpt2 gpt_neo gpt_neox gpt_oss gptj
 granite llama mistral mixtral modernbert olmo olmo2 olmoe opt phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe roberta smollm3
@@ -22,16 +25,26 @@ stablelm starcoder2
 
 
 def print_kind(kind: str) -> None:
-    """One line for each name of a kind; raises InputError for an unknown kind."""
+    """One entry for each name of a kind; raises InputError for an unknown kind."""
     kind = kind if kind in KINDS else f"{kind}s"
     if kind not in KINDS:
         raise InputError(f"unknown kind {kind.removesuffix('s')!r}; kinds are {', '.join(KINDS)}")
     for name, text in _entries(kind).items():
-        typer.echo(_wrapped(f"{name:<22} {text}".rstrip(), 23))
+        typer.echo(_entry(name, text))
 
 
-def print_name(name: str) -> None:
-    """The whole entry of a name; raises InputError for an unknown one, with the nearest."""
+def print_name(name: str, settings: Sequence[str] = (), context: int | None = None, dtype: str = "bfloat16") -> None:
+    """The whole entry of a name, or of a recipe's file with settings and a budget.
+
+    Raises InputError for an unknown name, with the nearest, and for settings of anything but a recipe.
+    """
+    if name in recipes.names() or "/" in name or name.endswith(SUFFIXES):
+        from transect.recipes.page import print_recipe
+
+        print_recipe(name, settings, context, dtype)
+        return
+    if settings or context is not None:
+        raise InputError(f"--set and --context are for recipes; {name!r} is none, `transect list recipes` lists them")
     if name in registry.available("transect.probes"):
         typer.echo(_probe_page(name))
         return
@@ -43,6 +56,14 @@ def print_name(name: str) -> None:
     metrics = _metrics()
     text = inspect.getdoc(metrics[name][0]) if name in metrics else known[name]
     typer.echo(f"{name}\n\n{_filled(text or '')}")
+
+
+def _entry(name: str, text: str) -> str:
+    if len(name) > NAME:
+        return (
+            f"{name}\n{textwrap.fill(text, WIDTH, initial_indent=' ' * (NAME + 1), subsequent_indent=' ' * (NAME + 1))}"
+        )
+    return _wrapped(f"{name:<{NAME}} {text}".rstrip(), NAME + 1)
 
 
 def _entries(kind: str) -> dict[str, str]:
@@ -60,7 +81,7 @@ def _entries(kind: str) -> dict[str, str]:
         return SITES | MODEL_SITES
     if kind == "metrics":
         return {name: (inspect.getdoc(function) or "").split("\n")[0] for name, (function, _) in _metrics().items()}
-    return dict.fromkeys(MODELS, "")
+    return recipes.described() if kind == "recipes" else dict.fromkeys(MODELS, "")
 
 
 def _metrics() -> dict:

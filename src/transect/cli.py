@@ -126,7 +126,7 @@ def edit(
 
 
 @app.command(name="list")
-def list_(kind: Annotated[str, typer.Argument(help="probes, elements, sites, metrics or models.")]) -> None:
+def list_(kind: Annotated[str, typer.Argument(help="probes, elements, sites, metrics, models or recipes.")]) -> None:
     """List what there is of a kind, with one sentence each."""
     from transect.catalog import print_kind
 
@@ -134,11 +134,31 @@ def list_(kind: Annotated[str, typer.Argument(help="probes, elements, sites, met
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="A probe, element, site or metric.")]) -> None:
-    """Show what a name means: definition, formula, options, source."""
+def show(
+    name: Annotated[str, typer.Argument(help="A probe, element, site, metric or recipe, or a recipe's file.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Recipe setting, as in model.width=256.")] = None,
+    context: Annotated[int | None, typer.Option(help="Positions that a recipe's budget counts with.")] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the numbers that a recipe's budget moves.")] = "bfloat16",
+) -> None:
+    """Show what a name means: definition, formula, options, source; of a recipe, settings and budget."""
     from transect.catalog import print_name
 
-    print_name(name)
+    print_name(name, tuple(set_ or ()), context, dtype)
+
+
+@app.command()
+def tune(
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File for the table. Default: where models look for it.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    threads: Annotated[int | None, typer.Option(help="Threads on a CPU, those you train with. Default: all.")] = None,
+) -> None:
+    """Measure which way to compute a sparse FFN is fastest on this machine; minutes."""
+    from transect.tuning import tune_machine
+
+    tune_machine(output, device, dtype, threads)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,7 +26,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(dict(given))
         except ValidationError as error:
-            raise InputError(_line(cls, error.errors()[0], root)) from error
+            raise InputError(_line(cls, error.errors(), root)) from error
 
     def but(self, **changes: Any) -> Self:
         """The same settings with some changed, checked again; raises InputError as `parse` does."""
@@ -115,8 +115,10 @@ def inner_misfit(kind: type[BaseModel], error: ValidationError) -> PydanticCusto
     return misfit(where, given, why)
 
 
-def _line(kind: type[BaseModel], error: ErrorDetails, root: str) -> str:
-    where, given, why = _said(kind, error)
+def _line(kind: type[BaseModel], errors: Sequence[ErrorDetails], root: str) -> str:
+    where, given, why = _said(kind, errors[0])
+    others = [_said(kind, error) for error in errors[1:]]  # the other branches of a union
+    why = " or ".join(dict.fromkeys([why, *(reason for path, _, reason in others if path == where)]))
     path = ".".join(str(step) for step in ([root] if root else []) + where) or "settings"
     shown = "" if given is _ABSENT else f" is {_short(given)}:"
     return f"{path}{shown} {why}"
@@ -127,7 +129,7 @@ _ABSENT = object()
 
 def _said(kind: type[BaseModel], error: ErrorDetails) -> tuple[list[str | int], Any, str]:
     """The path, the value (or `_ABSENT`) and the reason of one error."""
-    where, given = list(error["loc"]), error["input"]
+    where, given = _path(kind, error["loc"]), error["input"]
     context = error.get("ctx", {})
     if error["type"] == "misfit":
         return where + list(context["where"]), context["given"], context["why"]
@@ -140,6 +142,22 @@ def _said(kind: type[BaseModel], error: ErrorDetails) -> tuple[list[str | int], 
         return where, _ABSENT, "is not given and has no default"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return where, given, message
+
+
+def _path(kind: type[BaseModel], steps: Sequence[str | int]) -> list[str | int]:
+    """The steps without the names of a union's branches, which pydantic puts between them."""
+    kept: list[str | int] = []
+    here: Any = kind
+    for step in steps:
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            field = here.model_fields.get(str(step))
+            here = None if field is None else field.annotation
+        elif isinstance(step, int) or get_origin(here) is dict:
+            here = next(reversed(get_args(here)), None)
+        else:
+            continue
+        kept.append(step)
+    return kept
 
 
 def _fields_at(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:

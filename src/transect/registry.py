@@ -31,13 +31,17 @@ def load(package: str, name: str, base: type[Plugin]) -> type[Plugin]:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise InputError(
-            f"unknown {package.rpartition('.')[2].rstrip('s')} {name!r}; known are {', '.join(known)}{hint}"
+            f"unknown {_singular(package.rpartition('.')[2])} {name!r}; known are {', '.join(known)}{hint}"
         )
     module = importlib.import_module(f"{package}.{name}")
     found = [item for item in vars(module).values() if _is_plugin(item, base) and item.__module__ == module.__name__]
     if len(found) != 1:
         raise TypeError(f"{module.__name__} must define exactly one concrete {base.__name__}, it defines {len(found)}")
     return found[0]
+
+
+def _singular(package: str) -> str:
+    return f"{package[:-3]}y" if package.endswith("ies") else package.removesuffix("s")
 
 
 def _outside(name: str, base: type[Plugin]) -> type[Plugin]:

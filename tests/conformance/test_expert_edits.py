@@ -254,6 +254,6 @@ def test_refusals(case):
 
 
 def test_unknown_parts_name_expert_too():
-    with pytest.raises(InputError, match=r"parts are attn, ffn, head, layer, expert$"):
+    with pytest.raises(InputError, match=r"parts are attn, ffn, head, layer, expert, ffn2, inner_ffn$"):
         edits.remove(view_of("mixtral"), "mlp", 0).__enter__()
     assert seen_in(view_of("mixtral"), torch.tensor([[7, 8, 9]]), 0).index.shape == (3, EXPERTS_PER_TOKEN)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transect import registry
 from transect.errors import InputError
 from transect.models.config import ModelConfig
-from transect.models.ffn.memory import Memory
+from transect.models.memory.memory import Memory
 from transect.models.selectors.base import Selection, Selector, Shape
 
 PACKAGE = "transect.models.selectors"

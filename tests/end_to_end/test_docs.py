@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import transect as tx
 from families import tiny_model
 from transect import registry
+from transect.models import ModelConfig, TransectForCausalLM
 from transect.probes.base import Probe
 
 ROOT = Path(__file__).parents[2]
@@ -25,12 +27,52 @@ def fences(page: str, language: str) -> list[str]:
 def test_readme_python_runs(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "material").symlink_to(ROOT / "material")
     monkeypatch.chdir(tmp_path)
-    (block,) = fences("README.md", "python")
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
+    for block in fences("README.md", "python"):
+        exec(compile(block, "README.md", "exec"), names)
     assert {row.metric for row in names["table"]} >= {"displacement", "r2_heldout", "cosine_closed_form"}
     assert tx.Table.read(tmp_path / "out/readme").rows == names["table"].rows
     assert names["seen"]["ffn_out", 3].shape[-1] == 384
+    assert AutoModelForCausalLM.from_pretrained("out/tiny").settings == names["recipe"].model
+    ids = torch.tensor([[101, 2023, 2003, 102]])
+    outputs = [names[name].eval()(input_ids=ids).last_hidden_state for name in ("ours", "native")]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+def test_model_of_the_docs_is_built_and_measured() -> None:
+    names: dict = {}
+    exec(compile(fences("docs/build_a_model.md", "python")[0], "docs/build_a_model.md", "exec"), names)
+    out = names["out"]
+    assert set(out.losses) == {"main", "jump"}
+    torch.testing.assert_close(out.loss, out.losses["main"] + out.losses["jump"])
+    assert float(out.stats["layers.1.load"].sum()) == pytest.approx(1)
+    assert {row.metric for row in names["table"]} >= {"displacement", "cka"}
+
+
+def test_selector_and_block_of_the_docs_train_and_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, page in (("avg_v", "docs/add_a_selector.md"), ("gained", "docs/add_a_block.md")):
+        (tmp_path / f"{name}.py").write_text(fences(page, "python")[0])
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    settings = ModelConfig.parse(
+        {
+            "vocab_size": 97,
+            "width": 32,
+            "layers": 3,
+            "block": {"kind": "gained:Gained"},
+            "ffn": {"kind": "sparse", "expansion": 4, "selector": {"kind": "avg_v:AvgV", "gate": "softmax_all"}},
+        }
+    )
+    model = TransectForCausalLM.make(settings)
+    ids = torch.randint(5, 90, (23, 13), generator=torch.Generator().manual_seed(3))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    memory, selector = model.model.layers[0].ffn.memory, model.model.layers[0].ffn.selector
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(4))
+    best = (x @ memory.values.mean(1).T).topk(selector.shape.active).indices
+    assert torch.equal(selector(x, memory).blocks.sort().values, best.sort().values)
+    table = tx.measure(tx.View(model.eval(), name="mine"), ["jump"], tx.data.from_tokens(ids))
+    assert len(table.where(metric="displacement")) > 0
 
 
 def test_readme_names_folders_that_exist() -> None:

@@ -13,7 +13,7 @@ from families import WINDOW, family, random_ids, tiny_model
 from loops import elements, hand_logits, layers_of
 from transect.errors import InputError
 from transect.view import edits
-from transect.view.sites import ELEMENTS, NEXT
+from transect.view.sites import COMMON, ELEMENTS, NEXT
 from transect.view.view import View
 from transect.view.walk import OrderError
 
@@ -300,10 +300,10 @@ def test_scale_residual_of_scaled_branches(ids, weight):
 
 
 def test_hand_written_elements_cover_all(view):
-    assert set(elements(view.model, layers_of(view.model)[0])) == set(ELEMENTS)
+    assert set(elements(view.model, layers_of(view.model)[0])) == set(COMMON)
 
 
-@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("element", COMMON)
 def test_replace_by_the_same_computation_changes_nothing(view, ids, element):
     plain = view.logits(ids)
     part = part_of(view, 2, element, own=True)
@@ -318,7 +318,7 @@ def test_replace_by_the_same_computation_changes_nothing(view, ids, element):
     assert calls
 
 
-@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("element", COMMON)
 def test_replace_by_a_linear_map(view, ids, generator, element):
     taken = {site: view.maps[2].taps[site] for site in ELEMENTS[element].sites}
     with torch.no_grad(), view.capture(list(taken), [2]) as capture:

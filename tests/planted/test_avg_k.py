@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from transect import registry
-from transect.models.ffn.memory import Memory
+from transect.models.memory.memory import Memory
 from transect.models.selectors._balance import balance_loss, counts, load_statistics
 from transect.models.selectors._capacity import capacity, within_capacity
 from transect.models.selectors._product_keys import best_pairs

@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerFast
 from families import VOCAB
 from plants import view_of
 from shell import command, saved_model, saved_tokens
-from transect import registry
+from transect import recipes, registry
 from transect.catalog import KINDS, MODELS
 from transect.metrics.declare import METRICS
 from transect.probes.base import Probe
 from transect.results import Table
-from transect.view.sites import ELEMENTS, SITES
+from transect.view.sites import COMMON, ELEMENTS, SITES
 
 PROBES = registry.available("transect.probes")
 CHEAP = [name for name in PROBES if not registry.load("transect.probes", name, Probe).costly]
@@ -64,7 +64,8 @@ def _assert_narrow(text: str) -> None:
 def test_list_has_a_line_for_every_name_at_80_columns(kind: str):
     said = _said("list", kind)
     _assert_narrow(said)
-    names = {"probes": PROBES, "elements": ELEMENTS, "sites": SITES, "metrics": METRICS, "models": MODELS}[kind]
+    others = {"elements": ELEMENTS, "sites": SITES, "metrics": METRICS, "models": MODELS, "recipes": recipes.names()}
+    names = ({"probes": PROBES} | others)[kind]
     first_words = [line.split()[0] for line in said.splitlines() if not line.startswith(" ")]
     assert set(names) <= set(first_words) and len(first_words) == len(set(first_words))
     assert _said("list", kind.removesuffix("s")) == said
@@ -82,7 +83,7 @@ def test_show_has_the_whole_entry_at_80_columns(name: str):
 def test_show_has_every_option_with_its_default():
     said = _said("show", "nonlinearity")
     assert "\n  ridge = None\n" in said and "\n  score_fraction = 0.25\n" in said
-    assert all(name in said for name in ELEMENTS)
+    assert all(name in said for name in COMMON)
 
 
 def test_the_bare_command_is_help():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from transect import registry
 from transect.errors import InputError
-from transect.models.ffn.memory import Memory
+from transect.models.memory.memory import Memory
 from transect.models.plug import Unfit
 from transect.models.selectors._balance import load_statistics, statistics
 from transect.models.selectors._capacity import within_capacity

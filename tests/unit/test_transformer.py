@@ -134,6 +134,18 @@ def test_a_causal_model_does_not_look_ahead_and_a_window_not_far_back():
     assert moved.nonzero().flatten().tolist() == [5, 6, 7]
 
 
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_packed_documents_do_not_see_each_other(objective):
+    whole = model(TransectForMaskedLM if objective == "masked" else TransectForCausalLM, objective=objective)
+    first, second = ids(2, 5, seed=1), ids(2, 8, seed=2)
+    documents = torch.tensor([[0] * 5 + [1] * 8]).expand(2, -1)
+    positions = torch.tensor([[*range(5), *range(8)]])
+    packed = torch.cat([first, second], dim=1)
+    logits = whole(input_ids=packed, document_ids=documents, position_ids=positions).logits
+    for part, alone in ((logits[:, :5], first), (logits[:, 5:], second)):
+        torch.testing.assert_close(part, whole(input_ids=alone).logits, atol=1e-10, rtol=1e-10)
+
+
 def test_shared_layers_are_counted_once_and_run_every_time():
     shared, plain = model(share=[0, 1], layers=4), model(layers=2)
     assert sum(p.numel() for p in shared.parameters()) == sum(p.numel() for p in plain.parameters())

@@ -16,6 +16,10 @@ from transect.models.masks import Visible
 _FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLEX_HEAD_WIDTH = 16
 """The narrowest head that FlexAttention's kernels take."""
+_FLEX_BLOCK = 128
+"""Keys that FlexAttention skips at once; shorter texts have nothing to skip."""
+_SHORT = 512
+"""Up to so many keys the CPU's kernel is as fast with a dense mask as with a causal one (benchmarks/caa.py)."""
 
 
 def attend(
@@ -41,14 +45,11 @@ def attend_others(
     """As `attend`, but no position sees itself; 0 for a query that then sees nothing.
 
     A plain causal mask stays one: query i reads keys 0 to i - 1, so queries and keys are moved against each other
-    (arXiv 2403.02436, section 3.4 of our notes).
+    (arXiv 2403.02436; section 3.4 of our notes).
     """
     keys = k.shape[2]
-    if visible.causal and visible.plain(keys, window):
-        k, v = k[:, :, :-1], v[:, :, :-1]
-        if visible.offset:  # one query after cached keys
-            return _fused(q, k, v, scale=scale, dropout=dropout)
-        seen = _fused(q[:, :, 1:], k, v, scale=scale, dropout=dropout, causal=True)
+    if shifts(q, visible, keys, window):
+        seen = _fused(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], scale=scale, dropout=dropout, causal=True)
         return F.pad(seen, (0, 0, 1, 0))
     if flexible(q, visible, dropout):
         return attend_flexibly(q, k, v, visible, window=window, scale=scale, own=False)[0]
@@ -65,7 +66,18 @@ def attend_linearly(
     The paper's code drops the softmax (arXiv 2101.04547, section 4); the division by the number of keys, without which
     the output grows with the length, is ours (ASSUMED).
     """
-    weights = linear_weights(q, k, visible.dense(k.shape[2], window), scale)
+    return _linear(q, k, v, visible.dense(k.shape[2], window), scale, dropout)
+
+
+def attend_others_linearly(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, *, window: int | None, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """As `attend_linearly`, but no position sees itself; 0 for a query that then sees nothing."""
+    return _linear(q, k, v, visible.dense(k.shape[2], window, own=False), scale, dropout)
+
+
+def _linear(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout: float) -> Tensor:
+    weights = linear_weights(q, k, mask, scale)
     return F.dropout(weights, dropout) @ repeated(v, q.shape[1])
 
 
@@ -83,6 +95,7 @@ def attend_flexibly(
     """
     from torch.nn.attention.flex_attention import AuxRequest
 
+    q, k, v = alike(q, k, v)
     blocks = visible.blocks(k.shape[2], window, own)
     kernel, shared = _flex(q.device.type), k.shape[1] != q.shape[1]
     wanted = AuxRequest(lse=True)
@@ -90,10 +103,24 @@ def attend_flexibly(
     return seen, beside.lse
 
 
+def shifts(q: Tensor, visible: Visible, keys: int, window: int | None) -> bool:
+    """Whether seeing the others is a plain causal mask of moved queries, and that is the fastest way to say so."""
+    plain = visible.causal and visible.offset == 0 and keys > 1 and visible.plain(keys, window)
+    return plain and (keys > _SHORT or q.device.type != "cpu")
+
+
 def flexible(q: Tensor, visible: Visible, dropout: float = 0.0) -> bool:
     """Whether FlexAttention is the kernel for queries and masks such as these."""
-    fits = q.dtype in _FLEX_DTYPES and q.shape[-1] >= _FLEX_HEAD_WIDTH
+    fits = q.dtype in _FLEX_DTYPES and q.shape[-1] >= _FLEX_HEAD_WIDTH and q.shape[2] >= _FLEX_BLOCK
     return q.is_cuda and fits and dropout == 0.0 and visible.offset == 0
+
+
+def alike(*given: Tensor) -> tuple[Tensor, ...]:
+    """All in the first one's dtype, or in autocast's, which PyTorch itself sees to only for its own attention."""
+    device = given[0].device.type
+    reduced = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if reduced else given[0].dtype
+    return tuple(x.to(dtype) for x in given)
 
 
 def repeated(x: Tensor, heads: int) -> Tensor:

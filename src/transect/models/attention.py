@@ -35,9 +35,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context, place: int) -> Tensor:
         """x [batch, positions, width]; `place` is the layer's place in the cache."""
         q = self.query(x, context)
-        k, v = self.pair(x, context)
-        if context.cache is not None:
-            k, v = context.cache.update(k, v, place)
+        k, v = context.remembered(*self.pair(x, context), place)
         return self.combine(q, k, v, context)
 
     def query(self, x: Tensor, context: Context) -> Tensor:
@@ -60,6 +58,11 @@ class Attention(nn.Module):
     def joined(self, heads: Tensor) -> Tensor:
         """[batch, heads, positions, head_width] -> [batch, positions, heads * head_width]."""
         return heads.transpose(1, 2).flatten(2)
+
+    def flops(self, positions: float) -> float:
+        """Forward FLOPs per token that meets `positions` keys, two for a multiply-add: four maps and two products."""
+        maps = sum(linear.in_features * linear.out_features for linear in (self.q, self.k, self.v, self.out))
+        return 2.0 * maps + 4.0 * positions * self.heads * self.head_width
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)

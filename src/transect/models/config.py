@@ -58,16 +58,44 @@ class AttentionConfig(Config):
         return self.kv_heads or self.heads
 
 
+_SCALINGS: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+"""Numbers that each context extension needs, and those it may have."""
+
+
 class RotaryConfig(Config):
     """Rotary positions: angle position / theta^(2i / n) on the first n = fraction * head_width of each head.
 
-    fraction 0: this layer knows no positions. scaling: the options of one of the context extensions that transformers
-    knows (`rope_type` and its numbers).
+    fraction 0: this layer knows no positions. scaling: one of the context extensions of transformers, as it writes
+    them: `rope_type` linear, llama3 or yarn, and its numbers. Those that turn otherwise in a longer text (dynamic,
+    longrope) are refused: cached keys would stay as the shorter text turned them.
     """
 
     theta: Annotated[float, Field(gt=0)] = 10_000.0
     fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
     scaling: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _known_scaling(self) -> Self:
+        if self.scaling is None:
+            return self
+        kind = self.scaling.get("rope_type")
+        if kind not in _SCALINGS:
+            raise misfit("scaling.rope_type", kind, f"allowed are {', '.join(_SCALINGS)}")
+        needed, optional = _SCALINGS[kind]
+        for name in needed:
+            if not isinstance(self.scaling.get(name), int | float):
+                raise misfit(f"scaling.{name}", self.scaling.get(name), f"{kind} needs a number")
+        for name in self.scaling:
+            if name not in ("rope_type", *needed, *optional):
+                raise misfit(f"scaling.{name}", self.scaling[name], f"{kind} has {', '.join((*needed, *optional))}")
+        return self
 
 
 class ResidualConfig(Config):
@@ -217,6 +245,7 @@ class ModelConfig(LayerConfig):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         self._check_share()
+        self._check_penalties()
         count = max(self.modules) + 1
         for place, override in enumerate(self.overrides):
             wrong = [index for index in override.indices(count) if not 0 <= index < count]
@@ -236,6 +265,15 @@ class ModelConfig(LayerConfig):
                 changed = bool(self.overrides) and any(index in o.indices(count) for o in self.overrides)
                 raise misfit(error.where, error.given, error.why + (f" (layer {index})" if changed else "")) from error
         return self
+
+    def _check_penalties(self) -> None:
+        for place, penalty in enumerate(self.penalties):
+            if penalty.kind in [other.kind for other in self.penalties[:place]]:
+                raise misfit(f"penalties.{place}", penalty.kind, "is there already; give each penalty once")
+            try:
+                penalty.check(self, self, f"penalties.{place}")
+            except Unfit as error:
+                raise misfit(error.where, error.given, error.why) from error
 
     def _check_share(self) -> None:
         if self.share is None:

@@ -31,6 +31,14 @@ class Context:
     cache: "Cache | None" = None
     _angles: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    def remembered(self, k: Tensor, v: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all positions so far; these go into the cache, if there is one, at a layer's place."""
+        if self.cache is None:
+            return k, v
+        k, v = self.cache.update(k, v, place)
+        filled = self.visible.offset + self.visible.queries
+        return k[:, :, :filled], v[:, :, :filled]  # a static cache gives the empty room too
+
     def angles(self, config: "RotaryConfig", head_width: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosine and sine [batch or 1, 1, positions, n] in the dtype of `like`; None where nothing is rotated."""
         if not self.rotary or config.fraction == 0:

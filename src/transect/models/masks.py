@@ -69,7 +69,10 @@ class Visible:
     def lonely(self, keys: int, window: int | None) -> Tensor:
         """[batch or 1, 1, queries, 1]: queries that see no position but themselves."""
         key = (keys, window, "lonely")
-        if key not in self._dense:
+        if key not in self._dense and self.plain(keys, window):
+            place = torch.arange(self.queries, device=self.device)[None, None, :, None] + self.offset
+            self._dense[key] = place < 1 if self.causal else (place < 1) & (keys == 1)
+        elif key not in self._dense:
             self._dense[key] = ~self.dense(keys, window, own=False).any(-1, keepdim=True)
         return self._dense[key]
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transect.models.attend import attend_flexibly, flexible, linear_weights, repeated
+from transect.models.attend import alike, attend_flexibly, flexible, linear_weights, repeated, shifts
 from transect.models.masks import Visible
 
 
@@ -42,7 +42,7 @@ def overwrite(q: Tensor, others: Pair, own: Pair, visible: Visible, setting: Set
     S = Q K^T; S_ii = q_i k_i'; A = softmax(S); O = (A - diag A) V + diag(A) V'. Without softmax A = S / keys seen.
     Cost: O(queries head_width) beyond ordinary attention, and the scores are held.
     """
-    k, v, own_k, own_v = (repeated(x, q.shape[1]) for x in (*others, *own))
+    q, k, v, own_k, own_v = _ready(q, others, own)
     mask = visible.dense(k.shape[2], setting.window)
     own_scores = (q * own_k).sum(-1) * setting.scale
     if setting.linear:
@@ -63,7 +63,7 @@ def concat(q: Tensor, others: Pair, own: Pair, visible: Visible, setting: Settin
 
     Twice the score product, but any kernel with a mask will do.
     """
-    k, v, own_k, own_v = (repeated(x, q.shape[1]) for x in (*others, *own))
+    q, k, v, own_k, own_v = _ready(q, others, own)
     mask = visible.dense(k.shape[2], setting.window, own=False)
     diagonal = torch.eye(visible.queries, dtype=torch.bool, device=q.device).expand(*mask.shape[:3], -1)
     return F.scaled_dot_product_attention(
@@ -80,23 +80,26 @@ def merge(q: Tensor, others: Pair, own: Pair, visible: Visible, setting: Setting
     """A fused kernel over the others, then the own pair by its share of the whole sum of exponents.
 
     (o, lse) over the others; s = scale q k'; g = sigmoid(s - lse); O = (1 - g) o + g v'. Nothing of size queries x keys
-    is held. No dropout and no linear weights: raises ValueError.
+    is held. Where no kernel gives lse (not the CPU, and not for FlexAttention either) the reference computes it.
+    No dropout and no linear weights: raises ValueError.
     """
     if setting.dropout or setting.linear:
         raise ValueError("the merged form knows neither dropout of the weights nor linear weights")
-    k, v, own_k, own_v = (repeated(x, q.shape[1]) for x in (*others, *own))
-    if q.device.type == "cpu":
-        shifted = visible.causal and visible.offset == 0 and visible.plain(k.shape[2], setting.window)
-        mask = None if shifted else _additive(visible.dense(k.shape[2], setting.window, own=False), q)
-        return _Merged.apply(q, k, v, own_k, own_v, mask, setting.scale)  # pyright: ignore[reportReturnType]
+    q, k, v, own_k, own_v = _ready(q, others, own)
     if flexible(q, visible):
         seen, total = attend_flexibly(q, *others, visible, window=setting.window, scale=setting.scale, own=False)
-    else:
-        mask = visible.dense(k.shape[2], setting.window, own=False)
-        scores = (q @ k.transpose(-1, -2) * setting.scale).masked_fill(~mask, torch.finfo(q.dtype).min)
-        seen, total = torch.softmax(scores, -1) @ v, torch.logsumexp(scores, -1)
-    share = torch.sigmoid((q * own_k).sum(-1) * setting.scale - total).unsqueeze(-1).to(q.dtype)
-    return (1 - share) * seen + share * own_v
+        return joined(seen, total, q, Pair(own_k, own_v), setting.scale)
+    if q.device.type != "cpu" or q.numel() == 0:  # the CPU's kernel divides by the size
+        return overwrite(q, others, own, visible, setting)
+    shifted = shifts(q, visible, k.shape[2], setting.window)
+    mask = None if shifted else _additive(visible.dense(k.shape[2], setting.window, own=False), q)
+    return _Merged.apply(q, k, v, own_k, own_v, mask, setting.scale)  # pyright: ignore[reportReturnType]
+
+
+def joined(seen: Tensor, total: Tensor, q: Tensor, own: Pair, scale: float) -> Tensor:
+    """What the others showed [batch, heads, queries, head_width], `total` their log sum exp, with the own pair."""
+    share = torch.sigmoid((q * own.key).sum(-1) * scale - total).unsqueeze(-1).to(q.dtype)
+    return torch.lerp(seen, own.value, share)
 
 
 FORMS: dict[str, Form] = {"overwrite": overwrite, "concat": concat, "merge": merge}
@@ -129,7 +132,7 @@ class _Merged(torch.autograd.Function):
         if mask is None:
             seen, found = F.pad(seen, (0, 0, 1, 0)), F.pad(found, (1, 0), value=float("-inf"))
         else:
-            found = found.masked_fill(torch.isneginf(mask).all(-1), float("-inf"))
+            found = found.masked_fill(torch.isneginf(mask[:, :1]).all(-1), float("-inf"))  # all heads see alike
         own_scores = (q * own_k).sum(-1, dtype=found.dtype) * scale
         total = torch.logaddexp(found, own_scores)
         share = (own_scores - total).exp_().unsqueeze(-1).to(q.dtype)
@@ -162,6 +165,11 @@ class _Merged(torch.autograd.Function):
             dq, dk, dv = F.pad(dq, (0, 0, 1, 0)), F.pad(dk, (0, 0, 0, 1)), F.pad(dv, (0, 0, 0, 1))
         own_grad = share * (grad * (own_v - out)).sum(-1, keepdim=True) * ctx.scale
         return dq.addcmul_(own_grad, own_k), dk, dv, own_grad * q, share * grad, None, None
+
+
+def _ready(q: Tensor, others: Pair, own: Pair) -> tuple[Tensor, ...]:
+    """Queries, keys, values, own keys and own values: one dtype, as many heads."""
+    return tuple(repeated(x, q.shape[1]) for x in alike(q, *others, *own))
 
 
 def _with_diagonal(x: Tensor, diagonal: Tensor, offset: int) -> Tensor:

@@ -44,6 +44,8 @@ def _frequencies(config: "RotaryConfig", head_width: int) -> tuple[Tensor, float
     known = SimpleNamespace(
         rope_parameters=parameters,
         head_dim=head_width,
+        hidden_size=head_width,  # read, though not used, where there is a head_dim
+        num_attention_heads=1,
         standardize_rope_params=lambda: None,
         max_position_embeddings=parameters.get("original_max_position_embeddings"),
     )

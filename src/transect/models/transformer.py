@@ -112,7 +112,6 @@ class TransectPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
 
     config: TransectConfig
@@ -174,6 +173,7 @@ class TransectModel(TransectPreTrainedModel):
         self.embeddings = Embeddings(settings)
         self.layers = nn.ModuleList(build(layer, settings, index) for index, layer in enumerate(settings.layer_configs))
         self.final_norm = norm(settings.norm, settings.width) if settings.norm.layout in FINAL else None
+        self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
         self.penalties = [build_penalty(config, settings.layers) for config in settings.penalties]
         self.gradient_checkpointing = False
         self.post_init()
@@ -196,6 +196,7 @@ class TransectModel(TransectPreTrainedModel):
         token_type_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        document_ids: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         loss_mask: Tensor | None = None,
@@ -204,7 +205,8 @@ class TransectModel(TransectPreTrainedModel):
     ) -> TrunkOutput | tuple:
         """attention_mask [batch, keys] is 0 at padding, on either side, cached keys included.
 
-        Positions count real tokens only, unless position_ids are given. `inputs_embeds` stand in for rows of the token
+        Positions count real tokens only, unless position_ids are given. document_ids [batch, positions] number the
+        documents of packed sequences, which then do not see each other. `inputs_embeds` stand in for rows of the token
         table. The cache is made when `use_cache` asks for it; by default only `generate` does. loss_mask [batch,
         positions] says which states the main loss is computed from: only where it is given are penalties computed, with
         the strength of training step `step`.
@@ -214,7 +216,9 @@ class TransectModel(TransectPreTrainedModel):
         embedded = self.embeddings.tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        context = self._context(input_ids, embedded, attention_mask, position_ids, past_key_values)
+        if document_ids is not None and past_key_values is not None:
+            raise InputError("document_ids are for packed training sequences; give no cache with them")
+        context = self._context(input_ids, embedded, attention_mask, position_ids, past_key_values, document_ids)
         hidden = self.embeddings(embedded, context.positions, token_type_ids)
         watch = self._watch(loss_mask, step, context, lambda: (embedded, context.positions, token_type_ids))
         streams: list[Tensor] = []
@@ -273,6 +277,7 @@ class TransectModel(TransectPreTrainedModel):
         mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache | None,
+        documents: Tensor | None,
     ) -> Context:
         count, device = embedded.shape[1], embedded.device
         offset = int(cache.get_seq_length()) if cache is not None else 0
@@ -299,7 +304,7 @@ class TransectModel(TransectPreTrainedModel):
             token_ids=ids,
             real=None if real is None else real[:, offset:],
             positions=positions,
-            visible=Visible(count, offset, settings.causal, device, real),
+            visible=Visible(count, offset, settings.causal, device, real, documents),
             rotary=settings.positions == "rotary",
             cache=cache,
         )

@@ -30,16 +30,26 @@ class Place:
     site: str
     index: int  # the row's layer
     owner: str | None
+    part: str | None = None  # which FFN wrote, in a layer with two, or that only a norm did
 
 
 def places_of(view: View) -> list[Place]:
-    """resid[0], then the stream after each attention and after each FFN, in the order of the network."""
+    """resid[0], then the stream after each attention and after each FFN, in the order of the network.
+
+    An FFN inside attention is a part of attention; a second FFN is one more FFN; a norm that the stream passes by
+    itself belongs to what wrote before it.
+    """
     found = [Place(0, "resid", "resid", 0, None)]
     for layer, known in enumerate(view.maps):
-        if "resid_mid" in known.taps:
-            found.append(Place(layer, "resid_mid", "resid_mid", layer, known.sublayers[0]))
-        owner = known.sublayers[-1] if "resid_mid" in known.taps or len(known.sublayers) == 1 else BOTH
-        found.append(Place(layer, NEXT, "resid", layer + 1, owner))
+        for addition in known.additions:
+            owners = {"attn" if name == "attn" else "ffn" for name in addition.adds}
+            owner = BOTH if len(owners) > 1 else next(iter(owners), found[-1].owner)
+            part = None if addition.adds else "norm"
+            if "ffn2" in known.sublayers and owner == "ffn":
+                part = "+".join(addition.adds)
+            last = addition.target == NEXT
+            site, index = ("resid", layer + 1) if last else (addition.target, layer)
+            found.append(Place(layer, addition.target, site, index, owner, part))
     return found
 
 
@@ -132,7 +142,7 @@ def rows_of(estimate: Estimate, places: list[Place]) -> Iterator[Row]:
     for at, place in enumerate(places):
         yield filled(replace(base, site=place.site, layer=place.index, variant=names.variant), at)
     for step, place in enumerate(places[1:]):
-        named = replace(base, element=place.owner, layer=place.layer)
+        named = replace(base, element=place.owner, part=place.part, layer=place.layer)
         yield filled(replace(named, variant=f"{names.variant}/increment"), count + step)
     for number, owner in enumerate(("attn", "ffn")):
         for step, place in enumerate(places[1:]):

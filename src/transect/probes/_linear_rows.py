@@ -26,7 +26,7 @@ def element_rows(
     """Held-out and in-sample R^2, floor, ridge, ranks; for a cosine element also the cosines and the cone."""
     element = state.elements[name]
     assert isinstance(element, Element)
-    key = element.target if element.add is None else f"{element.target}+{element.add}"
+    key = element.output
     group = next(
         group
         for group in state.groups

@@ -12,7 +12,7 @@ from transect.probes._fits import Group
 from transect.probes._trained import Approximator, TwoLinear
 from transect.view import edits
 from transect.view.randomise import randomise
-from transect.view.sites import Element
+from transect.view.sites import HALVES, Element
 from transect.view.variants import Change
 from transect.view.view import View
 
@@ -107,10 +107,10 @@ class Replacement:
                 out = out * (product / square if square else 0.0)
         return out.to(x.dtype).unflatten(0, x.shape[:2])
 
-    def head_mean(self, head: int, view: View) -> Tensor:
+    def head_mean(self, head: int, heads: int) -> Tensor:
         """The mean of one head's slice of `heads_out`."""
         assert self.total is not None
-        return (self.total / self.rows).unflatten(0, (view.model.config.num_attention_heads, -1))[head]
+        return (self.total / self.rows).unflatten(0, (heads, -1))[head]
 
     def pack(self) -> dict:
         """Plain tensors and numbers."""
@@ -140,14 +140,14 @@ def change(part: str, head: int | None, method: str, known: Replacement | None, 
         if method == "noise":
             return randomise(view, part, place, seed)
         if method == "zero":
-            if part in ("attn", "ffn", "head"):
+            if part in HALVES or part == "head":
                 return edits.remove(view, part, place, head)
             width = view.site_width(place, _TARGETS[part])
             return edits.replace(view, part, place, lambda x: x.new_zeros(*x.shape[:2], width))
         fitted = known
         assert fitted is not None
         if head is not None:
-            return edits.remove(view, "head", place, head, fill=fitted.head_mean(head, view))
+            return edits.remove(view, "head", place, head, fill=fitted.head_mean(head, view.heads(place)))
         return edits.replace(view, part, place, lambda x: fitted.predict(method, x))
 
     return Change(name, make)

@@ -7,7 +7,7 @@ import numpy as np
 
 from transect.metrics.errors import Error, bootstrap, jackknife
 from transect.probes._fits import Group
-from transect.probes._routing_sums import LayerSums
+from transect.probes._routing_sums import TOTALS, LayerSums
 from transect.probes.base import Setting
 from transect.results import Row
 
@@ -27,13 +27,21 @@ def spread_rows(setting: Setting, layer: int, sums: LayerSums, unweighted: str |
     documents, kept = int(seen.sum()), int(chosen.sum())
     row = Row(metric="entropy", value=None, unit="1", reason="", layer=layer, n=kept, documents=documents)
     why = "the layer has one expert" if experts == 1 else "every choice was dropped"
+    dead = chosen == 0
+    if sums.some:
+        groups = sums.every.cpu().numpy()
+        groups = groups[groups.any(1)]
+        whole = groups.sum(0)
+        values[0], *left = _evenness(np.stack([whole, *(whole - groups)])[:, :-TOTALS])[:, 0].tolist()
+        errors = [jackknife(values[0], left), *errors[1:]]
+        dead = whole[:-TOTALS] == 0
     yield _filled(row, values[0], errors[0], why)
-    yield _filled(replace(row, metric="dead_fraction"), float((chosen == 0).mean()), None, "")
+    yield _filled(replace(row, metric="dead_fraction"), float(dead.mean()), None, "")
     every = replace(row, metric="drop_fraction", n=kept + int(dropped))
     yield _filled(every, values[1], errors[1], "nothing was chosen")
-    for expert in range(experts):
+    for expert, number in enumerate(sums.numbers.tolist()):
         at = 2 + expert
-        row = replace(row, metric="load", part=f"expert {expert}")
+        row = replace(row, metric="load", part=f"expert {number}")
         yield _filled(row, values[at], errors[at], "every choice was dropped")
         at += experts
         own = replace(row, metric="influence", n=int(chosen[expert]), documents=_documents(totals[:, expert]))
@@ -46,16 +54,26 @@ def _spread(totals: np.ndarray, experts: int) -> np.ndarray:
     chosen = totals[:, :experts]
     kept = chosen.sum(1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
-        load = chosen / kept
-        entropy = -(load * np.log(np.where(load > 0, load, 1))).sum(1, keepdims=True) / np.log(experts)
         dropped = totals[:, [experts + 1]]
         share = dropped / (dropped + kept)
-        return np.concatenate([np.clip(entropy, 0, 1), share, load, totals[:, experts + 2 :] / chosen], axis=1)
+        found = [_evenness(chosen), share, chosen / kept, totals[:, experts + 2 :] / chosen]
+        return np.concatenate(found, axis=1)
+
+
+def _evenness(chosen: np.ndarray) -> np.ndarray:
+    """- sum load ln load / ln E [draws, 1] of choices [draws, E]; NaN where there are none."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        load = chosen / chosen.sum(1, keepdims=True)
+        entropy = -(load * np.log(np.where(load > 0, load, 1))).sum(1, keepdims=True) / np.log(chosen.shape[1])
+        return np.clip(entropy, 0, 1)
 
 
 def pair_rows(layer: int, sums: LayerSums, active: int, most: int, documents: int) -> Iterator[Row]:
     """Correlation of being chosen, of the pairs of experts where it is largest in size."""
-    groups, experts = sums.pairs.cpu().numpy(), sums.experts
+    groups, numbers = sums.pairs.cpu().numpy(), sums.numbers.tolist()
+    experts = len(numbers)
+    if sums.some:  # without the place of all others
+        groups = np.delete(np.delete(groups, experts, axis=1), experts, axis=2)
     total = groups.sum(0)
     base = Row(metric="co_selection", value=None, unit="1", reason="", layer=layer, n=int(total[-1, -1]))
     base = replace(base, documents=documents)
@@ -70,7 +88,7 @@ def pair_rows(layer: int, sums: LayerSums, active: int, most: int, documents: in
     for i, j in zip(first[chosen].tolist(), second[chosen].tolist(), strict=True):
         error = jackknife(float(whole[i, j]), [float(one[i, j]) for one in left])
         reason = "one of them is chosen by every token or by none"
-        yield _filled(replace(base, part=f"{i},{j}"), float(whole[i, j]), error, reason)
+        yield _filled(replace(base, part=f"{numbers[i]},{numbers[j]}"), float(whole[i, j]), error, reason)
 
 
 def correlations(pairs: np.ndarray) -> np.ndarray:
@@ -88,19 +106,24 @@ def correlations(pairs: np.ndarray) -> np.ndarray:
 
 def kind_rows(layer: int, sums: LayerSums, documents: int) -> Iterator[Row]:
     """How much an expert's choices tell of the token's id, for the layer and for each expert."""
-    groups, experts = sums.kinds.cpu().numpy(), sums.experts
+    groups = sums.kinds.cpu().numpy()
     tokens = sums.pairs[:, -1, -1].cpu().numpy()
     total = groups.sum(0)
     values = preferences(total, tokens.sum())
     left = [preferences(total - groups[at], tokens.sum() - tokens[at]) for at in np.flatnonzero(tokens)]
     chosen = total.sum(1)
     owners = _documents_of(sums)
-    for expert in (-1, *range(experts)):  # the layer's own value comes last
+    numbers = sums.numbers.tolist()
+    for expert in (-1, *range(len(numbers))):  # the layer's own value comes last
         error = jackknife(float(values[expert]), [float(one[expert]) for one in left])
-        part = None if expert < 0 else f"expert {expert}"
+        part = None if expert < 0 else f"expert {numbers[expert]}"
         row = Row(metric="type_preference", value=None, unit="nats", reason="", layer=layer, part=part)
         count, seen = (chosen.sum(), documents) if expert < 0 else (chosen[expert], owners[expert])
-        yield _filled(replace(row, n=int(count), documents=int(seen)), values[expert], error, NEVER)
+        row = replace(row, n=int(count), documents=int(seen))
+        if expert < 0 and sums.some:
+            yield row.missing(f"{len(numbers)} of the {sums.every.shape[1] - TOTALS} experts are looked at")
+            continue
+        yield _filled(row, values[expert], error, NEVER)
 
 
 def preferences(counts: np.ndarray, tokens: float) -> np.ndarray:
@@ -137,11 +160,11 @@ def linear_rows(setting: Setting, layer: int, sums: LayerSums, least: int) -> It
     else:
         values, found = np.full(sums.experts, np.nan), [None] * sums.experts
     row = Row(metric="r2_heldout", value=None, unit="1", reason="", layer=layer, element="expert")
-    for expert, group in enumerate(sums.fits):
+    for expert, (number, group) in enumerate(zip(sums.numbers.tolist(), sums.fits, strict=False)):
         reason = _undetermined(group, shift.shape[1], least)
         if reason is None and not total[expert]:
             reason = "no score token chose it"
-        row = replace(row, part=f"expert {expert}", split=f"heldout/{setting.unit_name}", n=int(total[expert]))
+        row = replace(row, part=f"expert {number}", split=f"heldout/{setting.unit_name}", n=int(total[expert]))
         row = replace(row, documents=_documents(counts[:, expert]))
         value = values[expert] if reason is None else np.nan
         yield _filled(row, value, found[expert], reason or "its output is the same for every score token")

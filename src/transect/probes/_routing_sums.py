@@ -13,15 +13,28 @@ from transect.probes._fits import GROUPS, Group
 TOTALS = 2
 """Columns of `totals` beside one for each expert."""
 
+_PACKED = ("totals", "pairs", "kinds", "influence", "errors", "shift", "every")
+
+
+def spaced(count: int, most: int) -> list[int]:
+    """The numbers of all experts, or of `most` evenly spaced ones of more."""
+    return list(range(count)) if count <= most else [place * count // most for place in range(most)]
+
+
+def places(count: int, most: int) -> int:
+    """Places for experts: one for each, or one for each of `most` and one for the others together."""
+    return count if count <= most else most + 1
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokens:
-    """The tokens of one batch as a layer routes them; `index` -1 and `weight` 0 stand for a dropped choice."""
+    """The tokens of one batch as a layer routes them; -1 stands for a dropped choice."""
 
-    index: Tensor  # [tokens, active] chosen experts
+    index: Tensor  # [tokens, active] chosen experts, by their places in `LayerSums`
     unit: Tensor  # [tokens] error unit
     group: Tensor  # [tokens] hash group of the error unit
     kind: Tensor  # [tokens] place of the token's id among those of the text
+    every: Tensor | None = None  # [tokens, active] chosen experts by number, where not all have a place of their own
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
         """Tokens and slots at which an expert was chosen, [choices] each."""
@@ -33,6 +46,8 @@ class Tokens:
 class LayerSums:
     """Sums of a layer of E experts; float64 where nothing else is said.
 
+    `numbers` are the experts that have rows. Where those are not all, the last of the E places stands for the others
+    together, and `every` [groups, all + 2] holds choices of each expert, tokens and dropped choices; else it is empty.
     `totals` [units, E + 2]: choices of each expert, tokens, dropped choices. `pairs` [groups, E + 1, E + 1]: tokens
     that chose both, where the last one stands for every token. `kinds` [groups, E, token ids of the text] int32:
     choices. `influence` [units, E]: sums over choices. `errors` [units, E, 3]: scored choices, squared errors, squared
@@ -46,11 +61,17 @@ class LayerSums:
     errors: Tensor
     shift: Tensor
     fits: list[Group]
+    numbers: Tensor
+    every: Tensor
 
     @classmethod
-    def empty(cls, experts: int, units: int, kinds: int, width: int, device: torch.device) -> "LayerSums":
-        """Nothing seen yet; `width` 0 for a layer whose experts are not fitted."""
+    def empty(
+        cls, count: int, units: int, kinds: int, width: int, device: torch.device, most: int | None = None
+    ) -> "LayerSums":
+        """Nothing seen yet of a layer with `count` experts, of which `most` (all) have rows; `width` 0: no fits."""
+        most = count if most is None else most
         wide = {"dtype": torch.float64, "device": device}
+        numbers, experts = spaced(count, most), places(count, most)
         return cls(
             torch.zeros(units, experts + TOTALS, **wide),
             torch.zeros(GROUPS, experts + 1, experts + 1, **wide),
@@ -59,6 +80,8 @@ class LayerSums:
             torch.zeros(units if width else 0, experts, 3, **wide),
             torch.zeros(experts, width, **wide),
             [Group("ffn_in", ("expert",), weighted=False) for _ in range(experts if width else 0)],
+            torch.tensor(numbers, device=device),
+            torch.zeros(GROUPS if count > most else 0, count + TOTALS, **wide),
         )
 
     @staticmethod
@@ -70,8 +93,21 @@ class LayerSums:
 
     @property
     def experts(self) -> int:
-        """How many experts the layer has."""
+        """How many places for experts there are."""
         return self.totals.shape[1] - TOTALS
+
+    @property
+    def some(self) -> bool:
+        """Whether only some experts have rows."""
+        return len(self.every) > 0
+
+    def placed(self, index: Tensor) -> Tensor:
+        """The places of experts [tokens, active] given by number, -1 for a dropped choice."""
+        if not self.some:
+            return index
+        at = torch.searchsorted(self.numbers, index.clamp_min(0)).clamp_max(len(self.numbers) - 1)
+        own = torch.where(self.numbers[at] == index, at, len(self.numbers))
+        return own.masked_fill(index < 0, -1)
 
     def add(self, tokens: Tokens) -> None:
         """Count choices, pairs of choices, token ids and dropped choices."""
@@ -84,8 +120,15 @@ class LayerSums:
         for group in tokens.group.unique().tolist():
             mine = hot[tokens.group == group]
             self.pairs[group] += mine.T @ mine
-        places = (tokens.group[:, None] * experts + tokens.index) * self.kinds.shape[2] + tokens.kind[:, None]
-        self.kinds.view(-1).index_add_(0, places[kept], torch.ones_like(places[kept], dtype=torch.int32))
+        at = (tokens.group[:, None] * experts + tokens.index) * self.kinds.shape[2] + tokens.kind[:, None]
+        self.kinds.view(-1).index_add_(0, at[kept], torch.ones_like(at[kept], dtype=torch.int32))
+        if tokens.every is not None:
+            count = self.every.shape[1] - TOTALS
+            chosen = tokens.every.masked_fill(~kept, count + 1)
+            chosen = torch.cat([chosen, torch.full_like(chosen[:, :1], count)], dim=1)  # and the token itself
+            chosen = tokens.group[:, None] * self.every.shape[1] + chosen
+            ones = torch.ones(chosen.numel(), dtype=torch.float64, device=chosen.device)
+            self.every.view(-1).index_add_(0, chosen.flatten(), ones)
 
     def add_influence(self, expert: int, ratio: Tensor, unit: Tensor) -> None:
         """Add what one expert adds to the stream, relative to it, [choices]."""
@@ -110,12 +153,11 @@ class LayerSums:
 
     def pack(self) -> dict:
         """Plain tensors and numbers."""
-        names = ("totals", "pairs", "kinds", "influence", "errors", "shift")
-        return {name: getattr(self, name) for name in names} | {"fits": [group.pack() for group in self.fits]}
+        return {name: getattr(self, name) for name in _PACKED} | {"fits": [group.pack() for group in self.fits]}
 
     def unpack(self, packed: dict) -> None:
         """Take up what `pack` gave."""
-        for name in ("totals", "pairs", "kinds", "influence", "errors", "shift"):
+        for name in _PACKED:
             setattr(self, name, packed[name].to(getattr(self, name).device))
         for group, parts in zip(self.fits, packed["fits"], strict=True):
             group.unpack(parts)

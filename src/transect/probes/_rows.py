@@ -30,9 +30,11 @@ class ChosenRows:
     def target(self, key: str) -> Tensor:
         """An element's output: its target site, plus the stream added to it."""
         if key not in self._targets:
-            target, _, add = key.partition("+")
-            if add:
-                rows = self._sight.rows(self._seen[target] + self._seen[add], self._chosen)
+            target, _, added = key.partition("+")
+            if added:
+                add, _, weight = added.partition("*")
+                stream = self._seen[add] * float(weight) if weight else self._seen[add]
+                rows = self._sight.rows(self._seen[target] + stream, self._chosen)
                 rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
                 self._targets[key] = self._projected(target, rows)
             else:

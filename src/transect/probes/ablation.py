@@ -17,9 +17,9 @@ from transect.view.sites import ELEMENTS, Element, present
 from transect.view.variants import Change, Variant
 from transect.view.view import View
 
-PARTS = ("ffn", "ffn_up", "attn_heads", "attn", "layer", "head")
+PARTS = ("ffn", "ffn_up", "attn_heads", "attn", "layer", "head", "ffn2", "inner_ffn")
 SCHEDULES = ("single", "from_below", "from_above")
-RESIDUALS = ("both", "attn", "ffn")
+RESIDUALS = ("both", "attn", "ffn", "ffn2")
 _OF_HEADS = ("zero", "mean")
 
 
@@ -69,7 +69,8 @@ class Ablation(Probe):
     """What it costs to take a part out of one layer, of all layers up to one, or of all from one on.
 
     Parts: `ffn`, `ffn_up` (up-projection and activation: ffn_hidden is replaced, the last map stays), `attn_heads`
-    (heads_out is replaced, the output projection stays), `attn`, `layer`, `head`. Methods: `zero` (the branch adds
+    (heads_out is replaced, the output projection stays), `attn`, `layer`, `head`, and where there are such: `ffn2`, a
+    second FFN, and `inner_ffn`, the one inside attention. Methods: `zero` (the branch adds
     nothing, residual and norms stay; a layer is left out with its norms), `noise` (fresh weights, std 0.02), and,
     fitted on other documents than those scored: `mean` of the output (of a layer's update), `linear` (ridge map of
     the part's own input), and trained by Adam `cosine_adam`, `mse_adam`, `relu_control` (one ReLU layer), `two_linear`
@@ -245,8 +246,9 @@ class Ablation(Probe):
             layers = [n for n in range(view.num_layers) if _has(view, n, part)]
             for method in self.methods:
                 if part == "head":
-                    heads = range(view.model.config.num_attention_heads if method in _OF_HEADS else 0)
-                    found += [Case(part, method, "single", (layer,), head) for layer in layers for head in heads]
+                    heads = (range(view.heads(layer)) if method in _OF_HEADS else () for layer in layers)
+                    pairs = [(n, head) for n, own in zip(layers, heads, strict=True) for head in own]
+                    found += [Case(part, method, "single", (layer,), head) for layer, head in pairs]
                     continue
                 for schedule in self.schedules:
                     found += [Case(part, method, schedule, run) for run in _runs(schedule, layers)]

@@ -18,7 +18,7 @@ from transect.probes._trained import OBJECTIVES, Approximator
 from transect.probes.base import Probe, Reading, Setting, Sight, SplitRule
 from transect.results import Row
 from transect.view.capture import Seen
-from transect.view.sites import ELEMENTS, Element, present
+from transect.view.sites import COMMON, ELEMENTS, Element, present
 from transect.view.view import View
 
 Tokens = Literal["actual", "padding", "all"]
@@ -92,7 +92,7 @@ class Nonlinearity(Probe):
     saving: ClassVar[str] = "give fewer elements or a projection (`project`)"
     by_layer: ClassVar[bool] = True
 
-    elements: tuple[str, ...] = tuple(ELEMENTS)
+    elements: tuple[str, ...] = COMMON
     cosine: tuple[str, ...] = ("ffn", "attn")
     score_fraction: float = 0.25
     tune_fraction: float = 0.125
@@ -138,11 +138,21 @@ class Nonlinearity(Probe):
 
     def sites(self, view: View, layer: int) -> tuple[str, ...]:
         """Every site of the elements that this layer has."""
-        found = (present(ELEMENTS[name], view.maps[layer]) for name in self.elements)
+        found = self._elements(view, layer).values()
         sites = [site for element in found if isinstance(element, Element) for site in element.sites]
         if self.cone_vectors == "layer_outputs":
             sites.append("resid_next")
         return tuple(dict.fromkeys(sites))
+
+    def _elements(self, view: View, layer: int) -> dict[str, Element | str]:
+        """The elements of a layer, or why it has none.
+
+        Where all common ones are asked for, so are those of an FFN inside attention and of a second FFN where they are.
+        """
+        found = {name: present(ELEMENTS[name], view.maps[layer]) for name in ELEMENTS}
+        rare = {name for name, element in found.items() if name not in COMMON and isinstance(element, Element)}
+        wanted = [*self.elements, *(sorted(rare - set(self.elements)) if set(COMMON) <= set(self.elements) else ())]
+        return {name: found[name] for name in wanted}
 
     def memory(self, setting: Setting) -> int:
         """Moments of fit and tune rows, the solved maps, and the work space of one eigendecomposition."""
@@ -154,7 +164,7 @@ class Nonlinearity(Probe):
                     continue
                 elements = [element for element in state.elements.values() if isinstance(element, Element)]
                 width = self.width(setting.view, layer, group.source)
-                targets = {_key(e): self.width(setting.view, layer, e.target) for e in elements}
+                targets = {e.output: self.width(setting.view, layer, e.target) for e in elements}
                 widths = [targets[key] for key in group.elements]
                 total += 2 * Moments.nbytes(width, widths) + _WIDE * width * sum(widths)
                 widest = max(widest, width, *widths)
@@ -165,7 +175,7 @@ class Nonlinearity(Probe):
         total = 0.0
         for layer in setting.layers:
             state = self._layer(setting, layer)
-            targets = {_key(e): e.target for e in state.elements.values() if isinstance(e, Element)}
+            targets = {e.output: e.target for e in state.elements.values() if isinstance(e, Element)}
             for group in state.groups:
                 if not isinstance(group, Lines):
                     d = self.width(setting.view, layer, group.source)
@@ -195,21 +205,21 @@ class Nonlinearity(Probe):
         return NonlinearityState(layers)
 
     def _layer(self, setting: Setting, layer: int) -> LayerState:
-        elements = {name: present(ELEMENTS[name], setting.view.maps[layer]) for name in self.elements}
+        elements = self._elements(setting.view, layer)
         by_source: dict[str, list[str]] = {}
         groups: list[Group | Lines] = []
         for element in elements.values():
             if isinstance(element, str):
                 continue
             if element.elementwise:
-                groups.append(Lines(element.source, (_key(element),)))
-            elif _key(element) not in by_source.setdefault(element.source, []):
-                by_source[element.source].append(_key(element))
+                groups.append(Lines(element.source, (element.output,)))
+            elif element.output not in by_source.setdefault(element.source, []):
+                by_source[element.source].append(element.output)
         groups += [Group(source, tuple(keys), weighted=False) for source, keys in by_source.items()]
         weighted = {_path(elements[name]): elements[name] for name in self.cosine}  # one for elements that coincide
         for element in weighted.values():
             if isinstance(element, Element) and self._weights(element):
-                groups.append(Group(element.source, (_key(element),), weighted=True))
+                groups.append(Group(element.source, (element.output,), weighted=True))
         return LayerState(elements, groups, {}, {}, {})
 
     def see(self, state: NonlinearityState, setting: Setting, layer: int, seen: Seen, sight: Sight) -> None:
@@ -246,7 +256,7 @@ class Nonlinearity(Probe):
         for name in self.cosine:
             element = mine.elements[name]
             if isinstance(element, Element):
-                y = rows.target(_key(element))
+                y = rows.target(element.output)
                 length = y.norm(dim=1, keepdim=True)
                 total = (y / length.clamp_min(1e-30)).sum(0, dtype=torch.float64)
                 total = torch.cat([total, (length > 0).sum(0).double()])
@@ -256,7 +266,7 @@ class Nonlinearity(Probe):
         for name, approximator in mine.trained.items():
             element = mine.elements[name]
             assert isinstance(element, Element)
-            approximator.step(rows.site(element.source), rows.target(_key(element)))
+            approximator.step(rows.site(element.source), rows.target(element.output))
 
     def _score(
         self, mine: LayerState, setting: Setting, group: Group | Lines, rows: ChosenRows, x: Tensor, ys: list[Tensor]
@@ -301,7 +311,7 @@ class Nonlinearity(Probe):
                         mine.trained[name] = approximator
 
     def _approximator(self, mine: LayerState, element: Element, seed: int) -> Approximator | None:
-        key = _key(element)
+        key = element.output
         weighted = self._weights(element)
         group = next(
             g for g in mine.groups if g.source == element.source and key in g.elements and g.weighted == weighted
@@ -329,13 +339,9 @@ class Nonlinearity(Probe):
                 yield from element_rows(self, setting, layer, name, mine, insample)
 
 
-def _key(element: Element) -> str:
-    return element.target if element.add is None else f"{element.target}+{element.add}"
-
-
 def _path(element: Element | str) -> str | None:
     """Where an element's scores stand: its source and its target."""
-    return None if isinstance(element, str) else f"{element.source}>{_key(element)}"
+    return None if isinstance(element, str) else f"{element.source}>{element.output}"
 
 
 def _refuse_nan(group: Group | Lines, layer: int) -> None:

@@ -13,35 +13,39 @@ from transect.errors import InputError
 from transect.parallel import on_every_core
 from transect.probes._fits import GROUPS
 from transect.probes._routing_rows import kind_rows, linear_rows, pair_rows, spread_rows
-from transect.probes._routing_sums import LayerSums, Tokens
+from transect.probes._routing_sums import LayerSums, Tokens, places, spaced
 from transect.probes.base import Outcome, Probe, Reading, Setting, Sight, SplitRule
 from transect.results import Row
 from transect.targets import Asked, check_objective, objective_for
 from transect.view.capture import Seen
 from transect.view.experts import Experts, choices, experts_of, one, silent
+from transect.view.halves import routing_site
 from transect.view.layout import LayerMap
 from transect.view.variants import Change, Variant
 from transect.view.view import View
 
-Case = tuple[int, int]
-"""A layer and one of its experts."""
+Place = tuple[int, str]
+"""A layer and one of its sparse FFNs: `ffn`, `ffn2` or `inner`."""
+
+Case = tuple[Place, int]
+"""A sparse FFN and one of its experts."""
 
 _NO_HEAD = "the model has no head"
 
 
 @dataclass(slots=True, eq=False)
 class RoutingState:
-    """The experts of each sparse layer as they were found, what was added up, and what removing each one cost."""
+    """The experts of each sparse FFN as they were found, what was added up, and what removing each one cost."""
 
-    experts: dict[int, Experts]
-    layers: dict[int, LayerSums]
+    experts: dict[Place, Experts]
+    sums: dict[Place, LayerSums]
     kinds: Tensor  # the ids that occur in the text, ascending
     effects: Effects
 
     def pack(self) -> dict:
         """Plain tensors and numbers; experts are found again."""
         return {
-            "layers": {layer: sums.pack() for layer, sums in self.layers.items()},
+            "sums": {f"{layer} {half}": sums.pack() for (layer, half), sums in self.sums.items()},
             "effects": self.effects.pack(),
         }
 
@@ -61,7 +65,9 @@ class Routing(Probe):
     width and 1) has none. removal_cost = loss without e - loss: its weight is 0, the others keep theirs and nothing is
     routed anew. For a model without a head state_change = (1 - cos)/2 of the last hidden state takes its place. All
     tokens count but padding; removals are run on `removal_sample` tokens, of the scored documents where there is a
-    split.
+    split. Of a layer with more than `most_experts` experts, evenly spaced ones, so many, have rows of their own; the
+    layer's entropy, dead_fraction and drop_fraction are always those of all. Rows of a second FFN and of one inside
+    attention have its output as their `site`; the stream of the latter is the one that enters attention.
 
     Range and unit: load, entropy, dead_fraction, drop_fraction 0 to 1; co_selection -1 to 1: 1 = always together,
     about -1/(E-1) by chance for k of E; type_preference in nats, 0 (below by chance) to H(expert) - ln k, biased upward
@@ -88,6 +94,7 @@ class Routing(Probe):
     score_fraction: float = 0.25
     tune_fraction: float = 0.125
     most_pairs: int = 2016
+    most_experts: int = 512
     removal: bool = True
     removal_sample: int = 2048
     objective: Asked = "auto"
@@ -97,7 +104,7 @@ class Routing(Probe):
     def __post_init__(self) -> None:
         if self.min_rows is not None and self.min_rows < 2:
             raise InputError(f"routing: min_rows is {self.min_rows}; a fit needs 2 or more")
-        for name in ("removal_sample", "most_pairs"):
+        for name in ("removal_sample", "most_pairs", "most_experts"):
             if getattr(self, name) < 1:
                 raise InputError(f"routing: {name} is {getattr(self, name)}; it is 1 or more")
         check_objective("routing", self.objective, self.mask_rate)
@@ -106,8 +113,7 @@ class Routing(Probe):
         """A model without a layer whose choices can be seen."""
         if any(_routed(known) for known in view.maps):
             return None
-        sparse = (known for known in view.maps if known.sparse)
-        reasons = (known.missing[site] for known in sparse for site in _CHOICES if site in known.missing)
+        reasons = (_unseen(known) for known in view.maps if known.sparse)
         return next(reasons, f"no layer of {view.name} has a sparse FFN")
 
     def reading(self, view: View) -> Reading:
@@ -123,73 +129,84 @@ class Routing(Probe):
     def sites(self, view: View, layer: int) -> tuple[str, ...]:
         """The choices; where their weights can be seen also the weights, the experts' input and the stream."""
         known = view.maps[layer]
-        if not _routed(known):
-            return ()
-        return ("selected", "selected_weights", "ffn_in", _stream(known)) if _weighted(known) else ("selected",)
+        found: list[str] = []
+        for half in _routed(known):
+            found.append(routing_site(half, "selected"))
+            if _weighted(known, half):
+                found += [routing_site(half, "selected_weights"), f"{half}_in", _stream(known, half)]
+        return tuple(dict.fromkeys(found))
 
     def memory(self, setting: Setting) -> int:
         """Counts, effects, moments of every expert, and the work space of one eigendecomposition."""
         view, kinds = setting.view, len(_kinds(setting))
         total = Effects.nbytes(len(self.cases(setting)), setting.units)
-        for layer in _layers(setting):
-            width = self._fitted_width(view, layer)
-            total += LayerSums.nbytes(_count(view, layer), setting.units, kinds, width)
+        for place in _places(setting):
+            count, width = _count(view, place), self._fitted_width(view, place)
+            total += LayerSums.nbytes(places(count, self.most_experts), setting.units, kinds, width)
+            total += 8 * GROUPS * (count + 2) * (count > self.most_experts)
         return total + 16 * kinds + (48 * view.width**2 if self.linearity else 0)
 
     def work(self, setting: Setting) -> float:
         """Every chosen expert once more, and its second moments."""
         view, total = setting.view, 0.0
-        for layer in _layers(setting):
-            known, active = view.maps[layer], view.site_width(layer, "selected")
-            if _weighted(known):
-                experts = view.layers[layer].get_submodule(known.taps["selected_weights"].module)
-                weights = sum(parameter.numel() for parameter in experts.parameters()) / _count(view, layer)
-                total += active * (2.0 * weights + 4.0 * self._fitted_width(view, layer) ** 2)
+        for layer, half in _places(setting):
+            known, active = view.maps[layer], view.site_width(layer, routing_site(half, "selected"))
+            if _weighted(known, half):
+                count = _count(view, (layer, half))
+                experts = view.layers[layer].get_submodule(known.taps[routing_site(half, "selected_weights")].module)
+                weights = sum(parameter.numel() for parameter in experts.parameters()) / count
+                looked_at = active * min(1.0, self.most_experts / count)
+                total += looked_at * (2.0 * weights + 4.0 * self._fitted_width(view, (layer, half)) ** 2)
         return setting.data.num_tokens * total
 
     def start(self, setting: Setting, packed: dict | None) -> RoutingState:
         """Find the experts and begin with nothing, or go on with what a file holds."""
         view, kinds = setting.view, _kinds(setting)
-        experts = {layer: experts_of(view, layer) for layer in _layers(setting)}
-        layers = {}
-        for layer, known in experts.items():
-            width = self._fitted_width(view, layer)
-            layers[layer] = LayerSums.empty(known.count, setting.units, len(kinds), width, view.device)
-            if known.count != _count(view, layer):
-                raise InputError(f"routing: layer {layer} has {known.count} experts, but {_count(view, layer)} scores")
+        experts = {(layer, half): experts_of(view, layer, half) for layer, half in _places(setting)}
+        found = {}
+        for place, known in experts.items():
+            sizes = (known.count, setting.units, len(kinds), self._fitted_width(view, place))
+            found[place] = LayerSums.empty(*sizes, view.device, self.most_experts)
         effects = Effects.empty(len(self.cases(setting)), setting.units)
         if packed is not None:
             effects = Effects(**packed["effects"])
-            for layer, sums in layers.items():
-                sums.unpack(packed["layers"][layer])
-        return RoutingState(experts, layers, kinds.to(view.device), effects)
+            for (layer, half), sums in found.items():
+                sums.unpack(packed["sums"][f"{layer} {half}"])
+        return RoutingState(experts, found, kinds.to(view.device), effects)
 
     def see(self, state: RoutingState, setting: Setting, layer: int, seen: Seen, sight: Sight) -> None:
         """Count a layer's choices, and run each expert on the tokens that chose it."""
-        if layer not in state.layers:
-            return
-        sums, experts = state.layers[layer], state.experts[layer]
-        weighted = "selected_weights" in seen
-        index = sight.rows(seen["selected"])
+        for place in state.sums:
+            if place[0] == layer:
+                self._see(state, setting, place, seen, sight)
+
+    def _see(self, state: RoutingState, setting: Setting, place: Place, seen: Seen, sight: Sight) -> None:
+        (layer, half), sums, experts = place, state.sums[place], state.experts[place]
+        weights = routing_site(half, "selected_weights")
+        index = sight.rows(seen[routing_site(half, "selected")])
         # Without weights ones stand in their place, which are not used.
-        weight = sight.rows(seen["selected_weights"]) if weighted else _ones(index, experts)
+        weight = sight.rows(seen[weights]) if weights in seen else _ones(index, experts)
         index, weight = choices(experts, index, weight)
-        tokens = Tokens(index, *self._owners(state, setting, sight))
+        every = index if sums.some else None
+        tokens = Tokens(sums.placed(index), *self._owners(state, setting, sight), every)
         sums.add(tokens)
-        if not weighted:
+        if weights not in seen:
             return
         known = setting.view.maps[layer]
-        inputs = sight.rows(seen["ffn_in"])
-        stream = torch.linalg.vector_norm(sight.rows(seen[_stream(known)]), dim=1).double().clamp_min(1e-300)
-        weight = weight.double().abs() * abs(known.taps["ffn_out"].scale)
-        for expert in index[index >= 0].unique().tolist():
-            rows, slots = tokens.of(expert)
+        inputs = sight.rows(seen[f"{half}_in"])
+        stream = torch.linalg.vector_norm(sight.rows(seen[_stream(known, half)]), dim=1).double().clamp_min(1e-300)
+        weight = weight.double().abs() * abs(known.taps[f"{half}_out"].scale)
+        numbers = sums.numbers.tolist()
+        for at in tokens.index[tokens.index >= 0].unique().tolist():
+            if at == len(numbers):  # the place of all experts without rows
+                continue
+            rows, slots = tokens.of(at)
             x, unit = inputs[rows], tokens.unit[rows]
-            y = one(setting.view, layer, expert, x, experts)
+            y = one(setting.view, layer, numbers[at], x, experts)
             size = torch.linalg.vector_norm(y, dim=1).double()
-            sums.add_influence(expert, weight[rows, slots] * size / stream[rows], unit)
+            sums.add_influence(at, weight[rows, slots] * size / stream[rows], unit)
             if self.linearity:
-                sums.add_linearity(expert, sight.phase, x, y, unit)
+                sums.add_linearity(at, sight.phase, x, y, unit)
 
     def _owners(self, state: RoutingState, setting: Setting, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
         """Error unit, its hash group and the place of its id, for each real token; the same for every layer."""
@@ -204,22 +221,23 @@ class Routing(Probe):
         """Solve every expert's map once the tune documents are done; the moments have served."""
         if phase != "tune":
             return
-        groups = [group for sums in state.layers.values() for group in sums.solvable()]
+        groups = [group for sums in state.sums.values() for group in sums.solvable()]
         on_every_core(lambda group: group.solve(None, setting.view.dtype), groups)
         for group in groups:
             group.fit = group.tune = None
 
     def cases(self, setting: Setting) -> list[Case]:
         """Every expert that is removed in this pass."""
-        view, layers = setting.view, _layers(setting) if self.removal else ()
-        return [(layer, expert) for layer in layers for expert in range(_count(view, layer))]
+        view, found = setting.view, _places(setting) if self.removal else ()
+        return [(place, expert) for place in found for expert in spaced(_count(view, place), self.most_experts)]
 
     def variants(self, state: RoutingState | None, setting: Setting) -> tuple[Variant, ...]:
         """Every expert removed by itself; without a state, for a plan, experts are found where they are removed."""
         everything = tuple(range(setting.view.num_layers))
         known = {} if state is None else state.experts
         return tuple(
-            Variant(everything, ((layer, _removal(expert, known.get(layer))),)) for layer, expert in self.cases(setting)
+            Variant(everything, ((place[0], _removal(place, expert, known.get(place))),))
+            for place, expert in self.cases(setting)
         )
 
     def see_edit(self, state: RoutingState, setting: Setting, variant: int | None, outcome: Outcome) -> None:
@@ -230,27 +248,32 @@ class Routing(Probe):
         """Each sparse layer's and expert's rows; one empty row for any other layer."""
         for layer in setting.layers:
             known = setting.view.maps[layer]
-            if layer not in state.layers:
-                reason = next(known.missing[site] for site in _CHOICES if site in known.missing)
-                yield Row(metric="entropy", value=None, unit="1", reason=reason, layer=layer)
-                continue
-            sums, unweighted = state.layers[layer], known.missing.get("selected_weights")
-            documents = int((sums.totals[:, sums.experts] > 0).sum())
-            yield from spread_rows(setting, layer, sums, unweighted)
-            yield from kind_rows(layer, sums, documents)
-            yield from pair_rows(layer, sums, state.experts[layer].active, self.most_pairs, documents)
-            if self.linearity and unweighted is None:
-                yield from linear_rows(setting, layer, sums, self._least(setting.view, layer))
-            elif self.linearity:
-                row = Row(metric="r2_heldout", value=None, unit="1", reason=unweighted, layer=layer, element="expert")
-                yield from (replace(row, part=f"expert {expert}") for expert in range(sums.experts))
+            if not _routed(known):
+                yield Row(metric="entropy", value=None, unit="1", reason=_unseen(known), layer=layer)
+            for half in _routed(known):
+                yield from (_sited(row, half) for row in self._rows_of(state, setting, (layer, half)))
         if self.removal:
             yield from self._removal_rows(state, setting)
 
+    def _rows_of(self, state: RoutingState, setting: Setting, place: Place) -> Iterator[Row]:
+        """The rows of one sparse FFN."""
+        (layer, half), sums = place, state.sums[place]
+        unweighted = setting.view.maps[layer].missing.get(routing_site(half, "selected_weights"))
+        documents = int((sums.totals[:, sums.experts] > 0).sum())
+        yield from spread_rows(setting, layer, sums, unweighted)
+        yield from kind_rows(layer, sums, documents)
+        yield from pair_rows(layer, sums, state.experts[place].active, self.most_pairs, documents)
+        if self.linearity and unweighted is None:
+            yield from linear_rows(setting, layer, sums, self._least(setting.view, place))
+        elif self.linearity:
+            row = Row(metric="r2_heldout", value=None, unit="1", reason=unweighted, layer=layer, element="expert")
+            yield from (replace(row, part=f"expert {number}") for number in sums.numbers.tolist())
+
     def _removal_rows(self, state: RoutingState, setting: Setting) -> Iterator[Row]:
         found = measured(state.effects, setting)
-        for number, (layer, expert) in enumerate(self.cases(setting)):
+        for number, ((layer, half), expert) in enumerate(self.cases(setting)):
             like = Row(metric="removal_cost", value=None, unit="nats", reason=_NO_HEAD, layer=layer)
+            like = _sited(like, half)
             like = replace(like, part=f"expert {expert}", edit=f"remove expert {expert}")
             if not state.effects.has_head:
                 yield like
@@ -260,39 +283,49 @@ class Routing(Probe):
                 elif row.metric == "state_change" and not state.effects.has_head:
                     yield row
 
-    def _fitted_width(self, view: View, layer: int) -> int:
+    def _fitted_width(self, view: View, place: Place) -> int:
         """The width of the experts' input where their maps are fitted, else 0."""
-        return view.site_width(layer, "ffn_in") if self.linearity and _weighted(view.maps[layer]) else 0
+        layer, half = place
+        return view.site_width(layer, f"{half}_in") if self.linearity and _weighted(view.maps[layer], half) else 0
 
-    def _least(self, view: View, layer: int) -> int:
-        width = view.site_width(layer, "ffn_in")
+    def _least(self, view: View, place: Place) -> int:
+        width = view.site_width(place[0], f"{place[1]}_in")
         return 2 * width if self.min_rows is None else max(self.min_rows, width + 2)
 
 
-_CHOICES = ("selected", "router_logits")
+def _routed(known: LayerMap) -> list[str]:
+    """The sparse FFNs of a layer whose choices can be seen."""
+    return [half for half in known.blocks if routing_site(half, "selected") in known.taps]
 
 
-def _routed(known: LayerMap) -> bool:
-    return known.sparse and all(site in known.taps for site in _CHOICES)
+def _unseen(known: LayerMap) -> str:
+    """Why a layer has no choices that can be seen."""
+    return known.missing[routing_site(next(iter(known.blocks), "ffn"), "selected")]
 
 
-def _weighted(known: LayerMap) -> bool:
-    return "selected_weights" in known.taps
+def _weighted(known: LayerMap, half: str) -> bool:
+    return routing_site(half, "selected_weights") in known.taps
 
 
-def _layers(setting: Setting) -> tuple[int, ...]:
-    """The layers of this pass whose choices can be seen."""
-    return tuple(layer for layer in setting.layers if _routed(setting.view.maps[layer]))
+def _places(setting: Setting) -> tuple[Place, ...]:
+    """The sparse FFNs of this pass's layers whose choices can be seen."""
+    return tuple((layer, half) for layer in setting.layers for half in _routed(setting.view.maps[layer]))
 
 
-def _stream(known: LayerMap) -> str:
-    """What the FFN's output is added to."""
-    return "resid_mid" if "resid_mid" in known.taps else "resid"
+def _stream(known: LayerMap, half: str) -> str:
+    """What the FFN's output is added to; for one inside attention what attention's is."""
+    addition = known.addition("attn" if half == "inner" else half)
+    assert addition is not None
+    return addition.source
 
 
-def _count(view: View, layer: int) -> int:
-    """How many experts a layer has: one for each score."""
-    return view.site_width(layer, "router_logits")
+def _count(view: View, place: Place) -> int:
+    """How many experts there are."""
+    return view.maps[place[0]].blocks[place[1]]
+
+
+def _sited(row: Row, half: str) -> Row:
+    return row if half == "ffn" else replace(row, site=f"{half}_out")
 
 
 def _kinds(setting: Setting) -> Tensor:
@@ -304,5 +337,6 @@ def _ones(index: Tensor, experts: Experts) -> Tensor:
     return torch.ones(len(index), experts.count if experts.per_expert else index.shape[1], device=index.device)
 
 
-def _removal(expert: int, known: Experts | None) -> Change:
-    return Change(f"remove expert {expert}", lambda view, place: silent(view, place, expert, known))
+def _removal(place: Place, expert: int, known: Experts | None) -> Change:
+    name = f"remove expert {expert}" if place[1] == "ffn" else f"remove expert {expert} of {place[1]}"
+    return Change(name, lambda view, at: silent(view, at, expert, known))

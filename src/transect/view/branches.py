@@ -1,4 +1,4 @@
-"""Read one layer's residual algebra and sites off its recorded calls, by value and never by name."""
+"""Read one layer's sites off its recorded calls, by value and never by name."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,41 +7,22 @@ import torch
 from torch import Tensor
 
 from transect.errors import InputError
-from transect.view.kinds import below, holds, is_elementwise, is_experts, is_linear, is_norm, routes
-from transect.view.layout import LayerMap, Tap
+from transect.view.algebra import Algebra
+from transect.view.halves import Half, read_half, sites_of
+from transect.view.joins import Join, Spot
+from transect.view.kinds import below, is_elementwise, is_experts, is_linear, is_norm, routes
+from transect.view.layout import Addition, LayerMap, Tap
 from transect.view.sites import NEXT
-from transect.view.tensors import Key, by_position, eps
+from transect.view.tensors import Key, by_position
 from transect.view.trace import Call
 
-_ROUTING = ("router_logits", "selected", "selected_weights")
-
-
-@dataclass(slots=True, eq=False)
-class Spot:
-    """A tensor seen at one place: the call, the side and the key, with its value in float64."""
-
-    call: Call
-    side: str
-    key: Key
-    value: Tensor
-    mixed: bool
-
-    def tap(self, scale: float = 1.0) -> Tap:
-        return Tap(
-            self.call.path, self.side, self.key, self.call.nth, scale, self.call.overwritten(self.side, self.key)
-        )
-
-
-@dataclass(slots=True, eq=False)
-class Algebra:
-    """One way to read the layer as two additions to the stream."""
-
-    attn: tuple[Spot, float] | None
-    ffn: tuple[Spot, float] | None
-    mid: Spot | None = None
-    mid_norm: str | None = None
-    next_norm: str | None = None
-    parallel: bool = False
+_FFNS = ("ffn", "ffn2")
+_ABSENT = {
+    "attn": "this layer has no attention sub-layer",
+    "ffn": "this layer has no FFN sub-layer",
+    "ffn2": "this layer has no second FFN",
+    "inner": "attention holds no FFN",
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +38,8 @@ class Finder:
     stream_key: Key
     inputs: list[Spot] = field(default_factory=list)
     outputs: list[Spot] = field(default_factory=list)
+    taps: dict[str, Tap] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         others = {(call.path, call.nth): call for call in self.moved}
@@ -78,207 +61,122 @@ class Finder:
             mixed = changed is None or not torch.equal(value[:, -1], changed[:, -1])
             yield Spot(call, side, key, value.double() if value.is_floating_point() else value, mixed)
 
-    @property
-    def tolerance(self) -> float:
-        """How far two sides of an addition may be apart, relative to the stream; a wrong reading is off by about 1."""
-        return min(0.05, 2000 * eps(self.resid.dtype))
-
     def layer_map(self) -> LayerMap:
         """The layer's map; raises InputError naming the module when the additions cannot be read."""
-        algebra = next(self._algebras(), None)
-        if algebra is None:
+        algebra = Algebra(self.layer, self.calls, self.inputs, self.outputs, (self.resid, self.resid_next))
+        joins = algebra.read()
+        if joins is None:
             raise InputError(
                 f"layer at {self.path}: its output is not the stream plus attention plus FFN, with or without norms; "
-                f"closest reading leaves a residual of {self._best_residual():.2g} of the stream"
+                f"closest reading leaves a residual of {algebra.best_residual():.2g} of the stream"
             )
-        taps = {"resid": Tap("", "in", self.stream_key), NEXT: Tap("", "out", next(iter(self.layer.outputs)))}
-        missing: dict[str, str] = {}
-        if algebra.mid is not None:
-            taps["resid_mid"] = algebra.mid.tap()
-        else:
-            why = "a parallel layer has no stream between its sub-layers" if algebra.parallel else "one sub-layer only"
-            missing["resid_mid"] = why
-        resid = self.resid.double()
-        attn = self._attention(algebra, taps, missing)
-        root = self._attn_root(attn, algebra) if attn else None
-        source = algebra.mid.value if algebra.mid is not None else resid
-        down, sparse = self._ffn(algebra, taps, missing, root)
+        self.taps |= {"resid": Tap("", "in", self.stream_key), NEXT: Tap("", "out", next(iter(self.layer.outputs)))}
+        branches, additions, sources = self._named(algebra, joins)
+        self._streams(joins, additions)
+        attn = self._attention(branches, algebra)
+        root = self._attn_root(attn, "ffn" in branches) if attn else None
+        halves = self._ffns(branches, additions, root, algebra)
+        inner = self._inner(root, attn) if root and attn else None
+        if inner is not None:
+            halves["inner"] = read_half("inner", self._within(inner), self.inputs, self.path)
+            self.taps["inner_out"] = next(spot for spot in self.outputs if spot.call is inner).tap()
+        for half in halves.values():
+            self.taps |= half.taps
+            self.missing |= half.missing
+        for name, why in _ABSENT.items():
+            if name not in branches and name not in halves:
+                self.missing |= dict.fromkeys(sites_of(name), why)
+        entries = {name: (self._value(f"{name}_in"), sources[name]) for name in branches if f"{name}_in" in self.taps}
+        norms = {name: algebra.norm_between(source, value) for name, (value, source) in entries.items()}
+        output_norms = (algebra.output_norm(spot) for spot, _ in branches.values())
+        last_maps = {name: half.last_map for name, half in halves.items() if half.last_map}
         return LayerMap(
-            taps=taps,
-            missing=missing,
-            sublayers=tuple(name for name in ("attn", "ffn") if getattr(algebra, name) is not None),
-            parallel=algebra.parallel,
-            mid_norm=algebra.mid_norm,
-            next_norm=algebra.next_norm,
-            attn_norm=self._norm_between(resid, taps.get("attn_in")),
-            ffn_norm=self._norm_between(source, taps.get("ffn_in")),
-            output_norms=tuple(
-                path
-                for branch in (algebra.attn, algebra.ffn)
-                if branch and (path := self._output_norm(branch[0])) is not None
-            ),
-            attn_projection=attn.call.path if attn else None,
-            ffn_down=down,
+            taps=self.taps,
+            missing=self.missing,
+            additions=additions,
+            entry_norms={name: path for name, path in norms.items() if path is not None},
+            output_norms=tuple(path for path in output_norms if path is not None),
+            last_maps=({"attn": attn.call.path} if attn else {}) | last_maps,
+            bent=tuple(name for name, (spot, _) in branches.items() if is_elementwise(algebra.made(spot).call)),
+            roots={name: half.root for name, half in halves.items() if half.root},
+            blocks={name: half.blocks for name, half in halves.items() if half.blocks},
             attn_root=root or "",
-            sparse=sparse,
-            readers={
-                site: self._readers(taps[site], inside=root if site == "attn_in" else None, outside=root)
-                for site in ("attn_in", "ffn_in")
-                if site in taps
-            },
+            readers=self._all_readers(root, halves),
         )
 
-    def _readers(self, tap: Tap, inside: str | None, outside: str | None) -> tuple[Tap, ...]:
-        """Every input of a module with parameters of its own that holds the tapped tensor, in the sub-layer."""
-        value = next(spot.value for spot in self.inputs if spot.tap() == tap)
-        return tuple(
-            spot.tap()
-            for spot in self.inputs
-            if any(True for _ in spot.call.module.parameters(recurse=False))
-            and not is_norm(spot.call.module)
-            and (below(spot.call.path, inside) if inside else not below(spot.call.path, outside))
-            and spot.value.shape == value.shape
-            and torch.equal(spot.value, value)
-        )
+    def _named(
+        self, algebra: Algebra, joins: list[Join]
+    ) -> tuple[dict[str, tuple[Spot, float]], tuple[Addition, ...], dict[str, Tensor]]:
+        """The branches by their sub-layers' names, the additions, and the stream that each sub-layer is added to."""
+        branches: dict[str, tuple[Spot, float]] = {}
+        additions: list[Addition] = []
+        sources: dict[str, Tensor] = {}
+        stream, source = self.resid.double(), "resid"
+        targets = [*("resid_mid", "resid_mid2")[: len(joins) - 1], NEXT]
+        for join, target in zip(joins, targets, strict=True):
+            found = sorted(join.branches, key=lambda branch: algebra.made(branch[0]).call.end)
+            if not branches and len(joins) > 1 and len(found) == 1:
+                names = ["attn"]
+            elif not branches:  # all at once: what mixes positions is attention
+                found = sorted(join.branches, key=lambda branch: not branch[0].mixed)
+                names = ["attn", "ffn"] if len(found) > 1 else ["attn" if found[0][0].mixed else "ffn"]
+            else:
+                names = [name for name in _FFNS if name not in branches][: len(found)]
+            branches |= dict(zip(names, found, strict=True))
+            sources |= dict.fromkeys(names, stream)
+            additions.append(Addition(tuple(names), source, target, join.number, join.norm, join.sum_norm))
+            self.taps |= {f"{name}_out": spot.tap(scale) for name, (spot, scale) in zip(names, found, strict=True)}
+            if join.end is not None:
+                stream, source = join.end.value, target
+        return branches, tuple(additions), sources
 
-    def _algebras(self) -> Iterator[Algebra]:
-        """Every reading that holds: two additions, then parallel, then a single one."""
-        resid, after = self.resid.double(), self.resid_next.double()
-        ends = [(after, None), *((spot.value, norm) for spot, norm in self._norms_before(after))]
-        for first in self._unique(self.inputs):
-            branch = None if self._same(first.value, resid) else self._added(first.value, resid, mixed=True)
-            if branch is None:
-                continue
-            mids: list[tuple[Spot, str | None]] = [(first, None)]
-            mids += [(spot, spot.call.path) for spot in self._norms_after(first.value)]
-            for mid, mid_norm in mids:
-                for end, next_norm in ends:
-                    second = None if self._same(end, mid.value) else self._added(end, mid.value)
-                    if second is not None:
-                        yield Algebra(branch, second, mid, mid_norm, next_norm)
-        for end, next_norm in ends:
-            both = self._added_pair(end, resid)
-            if both is not None:
-                yield Algebra(both[0], both[1], next_norm=next_norm, parallel=True)
-        for end, next_norm in ends:
-            one = self._added(end, resid)
-            if one is not None:
-                yield (
-                    Algebra(one, None, None, None, next_norm)
-                    if one[0].mixed
-                    else Algebra(None, one, None, None, next_norm)
-                )
+    def _streams(self, joins: list[Join], additions: tuple[Addition, ...]) -> None:
+        for site, join in zip(("resid_mid", "resid_mid2"), joins[:-1], strict=False):
+            assert join.end is not None
+            self.taps[site] = join.end.tap()
+        if len(joins) == 1:
+            several = len(additions[0].adds) > 1
+            why = "a parallel layer has no stream between its sub-layers" if several else "one sub-layer only"
+            self.missing["resid_mid"] = why
+        if len(joins) < 3:
+            several = len(joins) == 2 and len(additions[1].adds) > 1
+            self.missing["resid_mid2"] = "both FFNs are added at once" if several else _ABSENT["ffn2"]
 
-    def _candidates(self) -> list[Spot]:
-        width = self.resid.shape[-1]
-        return [spot for spot in self.outputs if spot.value.shape[-1] == width and spot.value.is_floating_point()]
-
-    def _unique(self, spots: list[Spot]) -> list[Spot]:
-        """Stream-wide spots, one for each distinct value."""
-        kept: list[Spot] = []
-        for spot in spots:
-            if spot.value.shape == self.resid.shape and spot.value.is_floating_point():
-                if not any(torch.equal(spot.value, other.value) for other in kept):
-                    kept.append(spot)
-        return kept
-
-    def _same(self, left: Tensor, right: Tensor) -> bool:
-        return bool((left - right).norm() <= self.tolerance * right.norm())
-
-    def _added(self, total: Tensor, stream: Tensor, mixed: bool | None = None) -> tuple[Spot, float] | None:
-        """The output b and number c with total = stream + c b; of equal outputs the one that completes last."""
-        found = None
-        for spot in self._candidates():
-            if mixed is not None and spot.mixed != mixed:
-                continue
-            scale = self._scale(total - stream, spot.value)
-            if scale is not None and (total - stream - scale * spot.value).norm() <= self.tolerance * total.norm():
-                if found is None or torch.equal(found[0].value, spot.value):
-                    found = (spot, self._snapped(scale))
-        return found
-
-    def _scale(self, difference: Tensor, branch: Tensor) -> float | None:
-        size = branch.square().sum()
-        if size == 0 or difference.norm() == 0:
+    def _attention(self, branches: dict[str, tuple[Spot, float]], algebra: Algebra) -> Spot | None:
+        """Tap attn_in and heads_out; the output projection is the first linear map fed by other positions."""
+        if "attn" not in branches:
             return None
-        scale = float((difference * branch).sum() / size)
-        return scale if (difference - scale * branch).norm() <= 0.05 * difference.norm() else None
-
-    def _snapped(self, scale: float) -> float:
-        """The number itself where the layer carries it (granite's residual multiplier); 1 when it is 1 to rounding."""
-        known = [1.0, *(v for v in vars(self.layer.module).values() if isinstance(v, float) and v != 0.0)]
-        nearest = min(known, key=lambda number: abs(number - scale))
-        return nearest if abs(nearest - scale) <= self.tolerance * abs(scale) else scale
-
-    def _added_pair(self, total: Tensor, stream: Tensor) -> tuple[tuple[Spot, float], tuple[Spot, float]] | None:
-        """Attention's and the FFN's outputs with total = stream + c1 a + c2 f, where only attention mixes positions."""
-        found = None
-        difference = (total - stream).flatten()
-        for attn in (spot for spot in self._candidates() if spot.mixed):
-            for ffn in (spot for spot in self._candidates() if not spot.mixed):
-                columns = torch.stack([attn.value.flatten(), ffn.value.flatten()], dim=1)
-                scales = torch.linalg.lstsq(columns, difference[:, None]).solution[:, 0]
-                left = (columns @ scales - difference).norm()
-                if left <= self.tolerance * total.norm() and bool((scales.abs() > 1e-3).all()):
-                    if found is None or torch.equal(found[0][0].value, attn.value):
-                        first, second = (self._snapped(float(number)) for number in scales)
-                        found = ((attn, first), (ffn, second))
-        return found
-
-    def _norms_after(self, value: Tensor) -> Iterator[Spot]:
-        """Outputs of modules fed with the value that change it without mixing widths or positions of others."""
-        for call in self.calls:
-            if any(holds(item, value, self.resid) for item in call.inputs.values()) and is_norm(call.module):
-                yield from (spot for spot in self.outputs if spot.call is call)
-
-    def _norms_before(self, value: Tensor) -> Iterator[tuple[Spot, str]]:
-        for call in self.calls:
-            if is_norm(call.module) and any(holds(item, value, self.resid) for item in call.outputs.values()):
-                yield from ((spot, call.path) for spot in self.inputs if spot.call is call)
-
-    def _norm_between(self, source: Tensor, tap: Tap | None) -> str | None:
-        if tap is None:
-            return None
-        target = next(s for s in self.inputs if s.tap() == tap)
-        for call in self.calls:
-            fed = any(holds(item, source, self.resid) for item in call.inputs.values())
-            made = any(holds(item, target.value, self.resid) for item in call.outputs.values())
-            if fed and made and is_norm(call.module):
-                return call.path
-        return None
-
-    def _output_norm(self, branch: Spot) -> str | None:
-        """The sub-layer's own output norm, when the branch is the output of one."""
-        made = (spot for spot in self.outputs if torch.equal(spot.value, branch.value))
-        first = next(made, None)
-        return first.call.path if first is not None and is_norm(first.call.module) else None
-
-    def _attention(self, algebra: Algebra, taps: dict[str, Tap], missing: dict[str, str]) -> Spot | None:
-        """Tap attn_in, heads_out and attn_out; the output projection is the first linear map fed by other positions."""
-        sites = ("attn_in", "heads_out", "attn_out")
-        if algebra.attn is None:
-            missing.update(dict.fromkeys(sites, "this layer has no attention sub-layer"))
-            return None
-        branch, scale = algebra.attn
-        taps["attn_out"] = branch.tap(scale)
+        branch, _ = branches["attn"]
         linear = [spot for spot in self.inputs if is_linear(spot.call.module) and spot.call.end <= branch.call.end]
-        projection = next((spot for spot in linear if spot.mixed), None)
-        if projection is None:
-            missing.update(dict.fromkeys(("attn_in", "heads_out"), "attention has no output projection of its own"))
+        mixing = [spot for spot in linear if spot.mixed]
+        if not mixing:
+            self.missing |= dict.fromkeys(("attn_in", "heads_out"), "attention has no output projection of its own")
             return branch
-        taps["heads_out"] = projection.tap()
-        root = self._attn_root(projection, algebra)
-        first = next((s for s in linear if below(s.call.path, root) and s is not projection), None)
-        if first is None:
-            missing["attn_in"] = "no linear map reads the input of attention"
+        last = algebra.map_of(branch.value)
+        projection = next((spot for spot in mixing if spot.call is last), mixing[0])
+        self.taps["heads_out"] = projection.tap()
+        root = self._attn_root(projection, "ffn" in branches)
+        inner = self._inner(root, projection)
+        readers = [
+            spot
+            for spot in linear
+            if below(spot.call.path, root)
+            and spot is not projection
+            and not (inner and below(spot.call.path, inner.path))
+        ]
+        if inner is not None:  # keys and values may read what it makes
+            given = [spot.value for spot in self.inputs if spot.call.path == root]
+            readers = [s for s in readers if any(torch.equal(s.value, value) for value in given)] or readers
+        if not readers:
+            self.missing["attn_in"] = "no linear map reads the input of attention"
         else:
-            taps["attn_in"] = first.tap()
+            self.taps["attn_in"] = readers[0].tap()
         return projection
 
-    def _attn_root(self, projection: Spot, algebra: Algebra) -> str:
+    def _attn_root(self, projection: Spot, has_ffn: bool) -> str:
         """The module that holds all of attention and nothing of the FFN."""
         steps = projection.call.path.split(".")
-        if algebra.ffn is None:
+        if not has_ffn:
             return ".".join(steps[:-1])
         others = [call.path.split(".") for call in self.calls if is_linear(call.module) or is_experts(call.module)]
         shared = 0
@@ -286,75 +184,69 @@ class Finder:
             shared += 1
         return ".".join(steps[: shared + 1])
 
-    def _ffn(
-        self, algebra: Algebra, taps: dict[str, Tap], missing: dict[str, str], attn_root: str | None
-    ) -> tuple[str | None, bool]:
-        """Tap the FFN's sites; returns its last linear map and whether it is sparse."""
-        if algebra.ffn is None:
-            sites = ("ffn_in", "ffn_pre", "ffn_act", "ffn_hidden", "ffn_out", *_ROUTING)
-            missing.update(dict.fromkeys(sites, "this layer has no FFN sub-layer"))
-            return None, False
-        branch, scale = algebra.ffn
-        taps["ffn_out"] = branch.tap(scale)
-        region = [c for c in self.calls if not below(c.path, attn_root) and c.end <= branch.call.end]
-        if not algebra.parallel and attn_root is not None:
-            attn_end = max(call.end for call in self.calls if below(call.path, attn_root))
-            region = [call for call in region if call.end > attn_end]
-        sparse = any(is_experts(call.module) for call in region)
-        readers = [s for s in self.inputs if s.call in region and (is_linear(s.call.module) or routes(s.call))]
-        if not readers:
-            raise InputError(f"layer at {self.path}: no linear map inside its FFN; ffn_in cannot be told")
-        taps["ffn_in"] = readers[0].tap()
-        if sparse:
-            self._router(region, taps, missing)
-            missing.update(dict.fromkeys(("ffn_pre", "ffn_act", "ffn_hidden"), "sparse FFN: one for each block"))
-            return None, True
-        missing.update(dict.fromkeys(_ROUTING, "dense FFN: nothing is routed"))
-        down = readers[-1]
-        taps["ffn_hidden"] = down.tap()
-        self._activation([call for call in region if call.start > readers[0].call.start], taps, missing)
-        return down.call.path, False
+    def _inner(self, root: str, projection: Spot) -> Call | None:
+        """The FFN inside attention: a module of several linear maps or of experts that makes states, not heads."""
+        for call in self.calls:
+            if call.path == root or not below(call.path, root) or below(projection.call.path, call.path):
+                continue
+            maps = [part for part in self._within(call) if is_linear(part.module) or is_experts(part.module)]
+            if len(maps) < 2 and not any(is_experts(part.module) for part in maps):
+                continue
+            made = [spot.value for spot in self.outputs if spot.call is call]
+            wide = [value for value in made if value.shape == self.resid.shape]
+            if wide and not any(torch.equal(value, projection.value) for value in made):
+                return call
+        return None
 
-    def _activation(self, region: list[Call], taps: dict[str, Tap], missing: dict[str, str]) -> None:
-        for call in region:
-            if is_elementwise(call):
-                taps["ffn_pre"] = Tap(call.path, "in", 0, call.nth, overwritten=call.overwritten("in", 0))
-                taps["ffn_act"] = Tap(call.path, "out", None, call.nth, overwritten=call.overwritten("out", None))
-                return
-        missing.update(dict.fromkeys(("ffn_pre", "ffn_act"), "the activation is not a module of its own here"))
+    def _within(self, call: Call) -> list[Call]:
+        return [part for part in self.calls if call.start <= part.start and part.end <= call.end]
 
-    def _router(self, region: list[Call], taps: dict[str, Tap], missing: dict[str, str]) -> None:
-        for call in region:
-            if routes(call):
-                kinds = {key: item.is_floating_point() for key, item in call.outputs.items()}
-                taps["selected"] = Tap(call.path, "out", next(k for k, floating in kinds.items() if not floating))
-                taps["router_logits"] = Tap(call.path, "out", next(k for k, floating in kinds.items() if floating))
-                self._weights(region, taps, missing)
-                return
-        missing.update(dict.fromkeys(_ROUTING, "the router is not a module of its own here"))
+    def _ffns(
+        self,
+        branches: dict[str, tuple[Spot, float]],
+        additions: tuple[Addition, ...],
+        attn_root: str | None,
+        algebra: Algebra,
+    ) -> dict[str, Half]:
+        """The sites of the FFN sub-layers, each in the calls between the branch before it and its own."""
+        begin = -1
+        together = "attn" in branches and any({"attn", "ffn"} <= set(addition.adds) for addition in additions)
+        if not together and attn_root is not None:
+            begin = max(call.end for call in self.calls if below(call.path, attn_root))
+        halves = {}
+        for name in _FFNS:
+            if name not in branches:
+                continue
+            branch, _ = branches[name]
+            region = [c for c in self.calls if not below(c.path, attn_root) and begin < c.end <= branch.call.end]
+            if halves:
+                region = [call for call in region if call.start > begin]
+            halves[name] = read_half(name, region, self.inputs, self.path)
+            begin = algebra.made(branch).call.end
+        return halves
 
-    def _weights(self, region: list[Call], taps: dict[str, Tap], missing: dict[str, str]) -> None:
-        """Tap what the experts are given beside ffn_in and the chosen blocks."""
-        read = next(spot.value for spot in self.inputs if spot.tap() == taps["ffn_in"])
-        given = [
-            spot
+    def _value(self, site: str) -> Tensor:
+        return next(spot.value for spot in self.inputs if spot.tap() == self.taps[site])
+
+    def _all_readers(self, root: str | None, halves: dict[str, Half]) -> dict[str, tuple[Tap, ...]]:
+        readers = {}
+        if "attn_in" in self.taps:
+            readers["attn_in"] = self._readers("attn_in", lambda path: below(path, root))
+        for name, half in halves.items():
+            alone = half.root if len(halves) > 1 else None
+            inside = (lambda path, own=alone: below(path, own)) if alone else (lambda path: not below(path, root))
+            readers[f"{name}_in"] = self._readers(f"{name}_in", inside)
+        return readers
+
+    def _readers(self, site: str, inside) -> tuple[Tap, ...]:
+        """Every input of a router, or of a module with parameters of its own, that holds the tapped tensor."""
+        value = self._value(site)
+        return tuple(
+            spot.tap()
             for spot in self.inputs
-            if spot.call in region and is_experts(spot.call.module) and spot.value.is_floating_point()
-        ]
-        weights = [spot for spot in given if spot.value.shape != read.shape or not torch.equal(spot.value, read)]
-        if len(weights) == len(given):
-            missing["selected_weights"] = "the chosen blocks do not read ffn_in"
-        elif len(weights) != 1:
-            missing["selected_weights"] = "the chosen blocks are not given one tensor of weights"
-        else:
-            taps["selected_weights"] = weights[0].tap()
-
-    def _best_residual(self) -> float:
-        resid, after = self.resid.double(), self.resid_next.double()
-        left = [1.0]
-        for spot in self._candidates():
-            size = spot.value.square().sum()
-            if size > 0:
-                scale = ((after - resid) * spot.value).sum() / size
-                left.append(float((after - resid - scale * spot.value).norm() / after.norm()))
-        return min(left)
+            if (routes(spot.call) or any(True for _ in spot.call.module.parameters(recurse=False)))
+            and not is_norm(spot.call.module)
+            and inside(spot.call.path)
+            and spot.value.shape == value.shape
+            and torch.equal(spot.value, value)
+        )

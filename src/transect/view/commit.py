@@ -26,7 +26,7 @@ from transect.view.tensors import logits_of
 if TYPE_CHECKING:
     from transect.view.view import View
 
-PARTS = ("attn", "ffn", "head", "expert", "layer")
+PARTS = ("attn", "ffn", "head", "expert", "layer", "ffn2", "inner_ffn")
 
 LENGTHS = (1, 7, 43)
 """Positions of the rows on which the checkpoint is compared, as far as the model takes them."""
@@ -34,7 +34,7 @@ LENGTHS = (1, 7, 43)
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """One part that is taken out: `attn`, `ffn`, one `head`, one `expert` or the whole `layer`."""
+    """One part that is taken out: one of `PARTS`, of a `head` or an `expert` the one numbered."""
 
     part: str
     layer: int
@@ -135,7 +135,7 @@ def commit(view: "View", changes: Changes, folder: str | os.PathLike[str]) -> Co
     order = changes.executed(view.num_layers)
     if not changes.words(view.num_layers):
         raise InputError("nothing to change: name a part to remove, or another order of layers")
-    with _whole_folder(target) as partial:
+    with whole_folder(target) as partial:
         try:
             refuse_shared(view)
             align(view.model)
@@ -172,7 +172,7 @@ def _check_runs(layer: int, layers: list[int]) -> None:
 
 
 @contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path) -> Iterator[Path]:
     """A folder beside the target that takes its name when the block ends well, and is gone when it does not."""
     missing = [parent for parent in target.parents if not parent.exists()]
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")

@@ -13,7 +13,7 @@ from transect.view.experts import silent
 from transect.view.layout import Tap
 from transect.view.order import reordered
 from transect.view.randomise import randomise as randomise
-from transect.view.sites import ELEMENTS
+from transect.view.sites import ELEMENTS, HALVES, NEXT, placed
 from transect.view.walk import Use, Walk, unheard
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 Function = Callable[[Tensor], Tensor]
 """From [batch, positions, width of the source site] to [batch, positions, width of the target site]."""
 
-PARTS = ("attn", "ffn", "head", "layer", "expert")
-RESIDUALS = ("attn", "ffn", "both")
+PARTS = ("attn", "ffn", "head", "layer", "expert", "ffn2", "inner_ffn")
+RESIDUALS = ("attn", "ffn", "both", "ffn2")
 
 
 def order(view: "View", layers: Sequence[int]) -> AbstractContextManager[None]:
@@ -65,7 +65,8 @@ def remove(
 ) -> Iterator[None]:
     """Make one part of a layer add exactly zero to the stream, or leave the whole layer out.
 
-    `attn` and `ffn`: the branch is 0, the residual and the norms stay (post-norm: x' = LN(u); pre-norm: x' = u).
+    `attn`, `ffn`, `ffn2`: the branch is 0, the residual and the norms stay (post-norm: x' = LN(u); pre-norm: x' = u).
+    `inner_ffn`: what the FFN inside attention makes is 0; a residual around it stays.
     `head`: its slice of `heads_out` is 0, or `fill` [head width] such as its mean. `layer`: the stream passes the layer
     unchanged, norms included.
     `expert`: its weight is 0 for the tokens that chose it; the others keep theirs and no token is routed anew.
@@ -83,10 +84,10 @@ def remove(
         with silent(view, layer, expert):
             yield
         return
-    site = "heads_out" if part == "head" else f"{part}_out"
+    site = "heads_out" if part == "head" else f"{HALVES[part]}_out"
     tap = _tap(view, layer, site)
     if part == "head":
-        heads = view.model.config.num_attention_heads
+        heads = view.heads(layer)
         if head is None or not 0 <= head < heads:
             raise InputError(f"head is {head}; layer {layer} has heads 0 to {heads - 1}")
         use = _without_head(head, heads, fill)
@@ -107,13 +108,16 @@ def replace(view: "View", element: str, layer: int, function: Function) -> Itera
     if element not in ELEMENTS:
         raise InputError(f"unknown element {element!r}; elements are {', '.join(ELEMENTS)}")
     view.check_layer(layer)
-    chosen = ELEMENTS[element]
-    for site in chosen.sites:
-        _tap(view, layer, site)
     known = view.maps[layer]
-    via_attn = chosen.target == "resid_mid" and known.mid_norm is None
-    target = "attn_out" if via_attn else chosen.target
-    less_source = chosen.add is not None or via_attn
+    chosen = placed(ELEMENTS[element], known)
+    for site in (ELEMENTS[element] if isinstance(chosen, str) else chosen).sites:
+        _tap(view, layer, site)
+    if isinstance(chosen, str):
+        raise InputError(f"layer {layer} of {view.name} has no {element}: {chosen}")
+    addition = known.addition(chosen.half) if chosen.half else None
+    inside = element.endswith("_sublayer") and chosen.target != NEXT and addition and addition.norm is None
+    target = f"{chosen.half}_out" if inside else chosen.target
+    number = addition.number if addition and (chosen.add is not None or inside) else 0.0
     source: list[Tensor] = []
     shape: list[tuple[int, int]] = []
 
@@ -132,7 +136,8 @@ def replace(view: "View", element: str, layer: int, function: Function) -> Itera
                     f"replacement of {element} in layer {layer} gives {tuple(new.shape)}, the model expects "
                     f"{(*shape[0], tensor.shape[-1])}"
                 )
-            new = new - source[0] if less_source else new
+            if number:
+                new = new - (source[0] if number == 1 else number * source[0])
             return (new / scale).reshape(tensor.shape).to(tensor.dtype)
 
         return use
@@ -147,7 +152,8 @@ def replace(view: "View", element: str, layer: int, function: Function) -> Itera
 def scale_residual(view: "View", layer: int, weight: float, residual: str = "both") -> Iterator[None]:
     """Weight the residual of a layer's sub-layers: stream = weight * x + branch; 0 cancels it.
 
-    `residual` is `attn`, `ffn` or `both`; a parallel layer has one, changed by any of them. A cancelled residual
+    `residual` is `attn`, `ffn`, `ffn2` or `both`, which is all of them; sub-layers that are added at once have one,
+    changed by any of them. The weight takes the place of a number that the model has there. A cancelled residual
     belongs to the layer and moves with it. Raises InputError for an unknown residual or a layer without the sub-layer.
     Source: arXiv 2101.04547, cancelled skips (g_att, g_ffn). Rounding: the branch becomes branch + (weight - 1) x.
     """
@@ -156,15 +162,17 @@ def scale_residual(view: "View", layer: int, weight: float, residual: str = "bot
     view.check_layer(layer)
     known = view.maps[layer]
     uses: list[tuple[Tap, Use]] = []
-    names = known.sublayers if residual == "both" else (residual,)
-    pairs = [("resid" if name == known.sublayers[0] else "resid_mid", f"{name}_out") for name in names]
-    if known.parallel:
-        pairs = [("resid", pairs[0][1])]
-    for stream_site, branch_site in pairs:
+    if residual != "both":
+        _tap(view, layer, f"{residual}_out")
+    for addition in known.additions:
+        names = addition.adds if residual == "both" else [name for name in addition.adds if name == residual]
+        if not names:
+            continue
         kept: list[Tensor] = []
-        branch_tap, stream_tap = _tap(view, layer, branch_site), _tap(view, layer, stream_site)
-        uses.append((stream_tap, _remember(kept)))
-        uses.append((branch_tap, _weighted(kept, weight - 1, branch_tap.scale)))
+        normed = addition.sum_norm  # what is added is the norm of a sum
+        branch_tap = known.taps[f"{names[0]}_out"] if normed is None else Tap(normed, "out")
+        uses.append((known.taps[addition.source], _remember(kept)))
+        uses.append((branch_tap, _weighted(kept, weight - addition.number, branch_tap.scale)))
     with _tapped(view, layer, uses):
         yield
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transect.errors import InputError
-from transect.view.kinds import below, is_experts
+from transect.view.kinds import below, is_experts, routes
 from transect.view.layout import Tap
 from transect.view.prove import BOUNDS
 from transect.view.tensors import Key, eps, parts
@@ -38,16 +38,18 @@ class Experts:
     residual: float = float("inf")
 
 
-def experts_of(view: "View", layer: int) -> Experts:
+def experts_of(view: "View", layer: int, half: str | None = None) -> Experts:
     """The fused experts of a layer, proven on random tokens: output = sum over k choices of weight * one(expert).
 
-    The module is the one outside attention with a stack of matrices that is given whole numbers; which argument is
-    what is told by the shapes and, where they leave a choice, by the proof (1e-10 of the output in float64, 1e-5 in
-    float32, else 8 rounding units). Edits in force do not count, except the order of layers. Raises InputError for a
-    layer without a sparse FFN, and with module path and residual where the proof fails. Cost: a forward pass of 22
-    tokens, and those tokens through the chosen experts again.
+    `half` is `ffn`, `ffn2` or `inner`; by default the first sparse one. The module is the one of that FFN with a stack
+    of matrices that is given whole numbers; which argument is what is told by the shapes and, where they leave a
+    choice, by the proof (1e-10 of the output in float64, 1e-5 in float32, else 8 rounding units). An argument that the
+    module does without, such as coefficients that the router has computed already, is left out. Edits in force do not
+    count, except the order of layers. Raises InputError for a layer without a sparse FFN, and with module path and
+    residual where the proof fails. Cost: a forward pass of 22 tokens, and those tokens through the chosen experts
+    again.
     """
-    call = _experts_call(view, layer)
+    call = _experts_call(view, layer, half)
     path = f"{view.layer_path(layer)}.{call.path}"
     bound = BOUNDS.get(view.dtype, 8 * eps(view.dtype))
     best = float("inf")
@@ -127,7 +129,7 @@ def _check_expert(experts: Experts, layer: int, expert: int | None) -> int:
     return expert
 
 
-def _experts_call(view: "View", layer: int) -> Call:
+def _experts_call(view: "View", layer: int, half: str | None) -> Call:
     """The call of the layer's experts on random tokens."""
     view.check_layer(layer)
     known = view.maps[layer]
@@ -135,6 +137,11 @@ def _experts_call(view: "View", layer: int) -> Call:
         sparse = ", ".join(str(index) for index, other in enumerate(view.maps) if other.sparse) or "none"
         why = known.missing.get("selected", "nothing is routed")
         raise InputError(f"layer {layer} of {view.name} has no experts: {why}; layers with experts: {sparse}")
+    half = next(iter(known.blocks)) if half is None else half
+    if half not in known.blocks:
+        halves = ", ".join(known.blocks)
+        raise InputError(f"layer {layer} of {view.name} has no experts in {half!r}; it has them in {halves}")
+    root = known.roots.get(half) if half != "ffn" or len(known.roots) > 1 else None
     with torch.no_grad(), unheard(view), recorded(view.layers[layer], stirred=False) as calls:
         view.run(view._random_ids(2, 11))
     calls = [call for call in calls if call.start <= calls[0].end]  # a module shared by layers is called again
@@ -142,7 +149,8 @@ def _experts_call(view: "View", layer: int) -> Call:
         call
         for call in calls
         if is_experts(call.module)
-        and not below(call.path, known.attn_root)
+        and not routes(call)
+        and (below(call.path, root) if root else not below(call.path, known.attn_root))
         and call.outputs
         and any(_whole(item) for item in call.inputs.values())
     ]
@@ -162,14 +170,17 @@ def _readings(call: Call, width: int, path: str) -> Iterator[Experts]:
     """Every reading of the arguments that the shapes allow; one weight for each choice comes first."""
     stacks = [parameter for parameter in call.module.parameters(recurse=False) if parameter.ndim >= 3]
     given = dict(enumerate(call.args)) | call.kwargs
-    if len(given) != 3 or len(call.inputs) != 3 or len({stack.shape[0] for stack in stacks}) != 1:
+    chosen = {tuple(item.shape) for item in call.inputs.values() if _whole(item)}
+    weights = [item for item in call.inputs.values() if not _whole(item) and tuple(item.shape) in chosen]
+    told = len(given) == len(call.inputs) and (len(given) == 3 or (len(given) == 4 and len(weights) > 1))
+    if not told or len({stack.shape[0] for stack in stacks}) != 1:
         names = ", ".join(str(key) for key in given)
         raise InputError(
             f"{path}: stacks of {', '.join(str(tuple(stack.shape)) for stack in stacks)} called with {names}; needed "
             "are stacks of one number of experts, called with hidden states, chosen experts and their weights"
         )
     count = stacks[0].shape[0]
-    for hidden, index, weight in permutations(call.inputs):
+    for hidden, index, weight in permutations(call.inputs, 3):
         shapes = [tuple(call.inputs[key].shape) for key in (hidden, index, weight)]
         if not _whole(call.inputs[index]) or len(shapes[1]) != 2 or shapes[0] != (shapes[1][0], width):
             continue
@@ -211,7 +222,7 @@ def _residual(view: "View", call: Call, known: Experts) -> float:
                 right.index_add_(0, rows, weight[rows, slots, None].to(wide) * alone.to(wide))
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, IndexError):  # arguments read the wrong way round
+    except (RuntimeError, IndexError, TypeError):  # arguments read the wrong way round, or one left out that is needed
         return float("inf")
     return _apart(left.to(wide), right)
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from transect import models as own  # tells the Auto classes of our models
 from transect.errors import InputError
 from transect.view.checkpoints import checkpoints, home, last
 
@@ -207,7 +208,8 @@ def _tokenizer(path: str, extra: dict[str, Any]) -> Any:
 def _model_class(config: Any, trust_remote_code: bool, gguf: bool) -> Any:
     """The class the checkpoint was saved as, so that its head comes along and nothing is made up."""
     architectures = getattr(config, "architectures", None) or []
-    named = getattr(transformers, architectures[0], None) if architectures else None
+    owner = own if config.model_type == own.TransectConfig.model_type else transformers
+    named = getattr(owner, architectures[0], None) if architectures else None
     if named is not None:
         return named
     if gguf and type(config) in AutoModelForCausalLM._model_mapping:  # such a file does not say, but has the head

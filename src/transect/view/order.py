@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from transect.errors import InputError
+from transect.view.own import resettled, settings_of
 from transect.view.walk import Walk
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def reordered(view: "View", order: Sequence[int]) -> Iterator[None]:
         raise InputError(f"{given} cannot be run; {view.name} has layers 0 to {count - 1}")
     container = view.base.get_submodule(view.container)
     members = len(list(container.children()))
-    looped = len(view.modules) != members
+    own = settings_of(view.model) is not None
+    looped = len(view.modules) != members and not own
     if looped and getattr(view.model.config, "num_hidden_groups", None) != members:
         raise InputError(f"{view.name} runs {view.container} in a loop; the order of its layers cannot be changed")
     layers = _distinct([view.layers[index] for index in order])
@@ -45,7 +47,9 @@ def reordered(view: "View", order: Sequence[int]) -> Iterator[None]:
         view.maps = [saved[1][index] for index in order]
         view.executed = [saved[2][index] for index in order]
         view.modules = list(range(len(order)))
-        for config in _configs(view.model):
+        if own:
+            stack.enter_context(resettled(view.model, order))
+        for config in () if own else _configs(view.model):
             _repair_config(stack, config, order, count)
         for place, layer in enumerate(layers):
             _repair_cache_index(stack, layer, place)

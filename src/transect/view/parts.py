@@ -1,6 +1,9 @@
 """How many parameters each part of a model has."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
 
 from transect.view.kinds import is_norm
 
@@ -11,29 +14,34 @@ PARTS: tuple[str, ...] = ("embedding", "attention", "ffn", "norm", "head", "othe
 
 
 def parameters(view: "View") -> dict[str, int]:
-    """Parameters per part, each counted once: shared layers and tied tables belong to the first part that has them."""
+    """Parameters per part, each counted once: shared layers and tied tables belong to the first part that has them.
+
+    An FFN inside attention counts with attention.
+    """
     counts: dict[str, int] = dict.fromkeys(PARTS, 0)
     met: set[int] = set()
+    for part, parameter in _owned(view):
+        if id(parameter) not in met:
+            met.add(id(parameter))
+            counts[part] += parameter.numel()
+    return counts
 
-    def count(part: str, module) -> None:
-        for parameter in module.parameters():
-            if id(parameter) not in met:
-                met.add(id(parameter))
-                counts[part] += parameter.numel()
 
-    count("embedding", view.model.get_input_embeddings())
+def _owned(view: "View") -> Iterator[tuple[str, Tensor]]:
+    """Every parameter with its part; of several the first one counts."""
+
+    def of(part: str, *modules: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        return ((part, parameter) for module in modules for parameter in module.parameters())
+
+    yield from of("embedding", view.model.get_input_embeddings())
     for layer, known in zip(view.layers, view.maps, strict=True):
-        for module in layer.modules():
-            if is_norm(module):
-                count("norm", module)
-        if known.attn_projection is not None:
-            count("attention", layer.get_submodule(known.attn_root))
-        count("ffn", layer)
-    for module in view.base.modules():
-        if is_norm(module):
-            count("norm", module)
+        yield from of("norm", *filter(is_norm, layer.modules()))
+        if "attn" in known.last_maps:
+            yield from of("attention", layer.get_submodule(known.attn_root))
+        yield from (("other", parameter) for parameter in layer.parameters() if not parameter.ndim)  # of a residual
+        yield from of("ffn", layer)
+    yield from of("norm", *filter(is_norm, view.base.modules()))
     head = view.model.get_output_embeddings()
     if head is not None:
-        count("head", head)
-    count("other", view.model)
-    return counts
+        yield from of("head", head)
+    yield from of("other", view.model)

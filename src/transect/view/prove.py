@@ -12,7 +12,7 @@ from transect.view.capture import site_value
 from transect.view.layout import Tap
 from transect.view.sites import NEXT
 from transect.view.tensors import eps
-from transect.view.walk import OrderError, Walk
+from transect.view.walk import OrderError, Use, Walk
 
 if TYPE_CHECKING:
     from transect.view.view import View
@@ -59,8 +59,8 @@ def prove(view: "View", ids: Tensor) -> Proof:
 
     Identities: the residual algebra of the layer's layout, norms applied to the stream give the inputs, consecutive
     layers share the stream, the final norm reads resid[L]. Causal check: the gradient of a random projection of the
-    output with respect to each site exists, is finite and is not zero. One forward and one backward pass on `ids`.
-    Raises InputError with module path, identity and residual.
+    output with respect to each site exists, is finite and is not zero; scores that only rank blocks have none.
+    Raises InputError with module path, identity and residual. Cost: one forward and one backward pass on `ids`.
     """
     bound = BOUNDS.get(view.dtype, 8 * eps(view.dtype))
     try:
@@ -107,12 +107,16 @@ def _run(view: "View", ids: Tensor) -> tuple[Values, Values, Tensor, list[Tensor
     values: Values = {}
     raw: Values = {}
 
-    def keep(site: str, tap: Tap) -> Callable[[int, Tensor], None]:
-        def use(place: int, tensor: Tensor) -> None:
+    def keep(site: str, tap: Tap) -> Use:
+        def use(place: int, tensor: Tensor) -> Tensor | None:
             if (site, place) in raw:
                 raise OrderError(f"layer {place}: site {site!r} fired twice at {tap}")
+            fixed = tensor.is_floating_point() and not tensor.requires_grad  # weights that a rule does not learn
+            if fixed:
+                tensor = tensor.detach().requires_grad_()
             raw[site, place] = tensor
             values[site, place] = site_value(site, place, tap, tensor, (ids.shape[0], ids.shape[1])).detach()
+            return tensor if fixed else None
 
         return use
 
@@ -150,38 +154,35 @@ def _identities(view: "View", seen: Values, layer: int):
         norm = nn.Identity() if path is None else module.get_submodule(path)
         return lambda: norm(sum(terms[1:], terms[0]))
 
-    resid, attn, ffn, mid, after = (at(site) for site in ("resid", "attn_out", "ffn_out", "resid_mid", NEXT))
-    assert resid is not None and after is not None
-    if mid is not None and attn is not None and ffn is not None:
-        left = "LN(resid + attn_out)" if known.mid_norm else "resid + attn_out"
-        yield f"resid_mid = {left}", known.taps["attn_out"].module, mid, normed(known.mid_norm, resid, attn)
-        left = "LN(resid_mid + ffn_out)" if known.next_norm else "resid_mid + ffn_out"
-        yield f"resid[l+1] = {left}", known.taps["ffn_out"].module, after, normed(known.next_norm, mid, ffn)
-    else:
-        branches = [(name, out) for name, out in (("attn_out", attn), ("ffn_out", ffn)) if out is not None]
-        text = "resid + " + " + ".join(name for name, _ in branches)
-        text = f"LN({text})" if known.next_norm else text
-        right = normed(known.next_norm, resid, *(out for _, out in branches))
-        yield f"resid[l+1] = {text}", known.taps[branches[-1][0]].module, after, right
-    source = resid if mid is None else mid
-    for site, stream_in, path in (("attn_in", resid, known.attn_norm), ("ffn_in", source, known.ffn_norm)):
-        received = at(site)
-        if received is not None:
-            stream_name = "resid" if stream_in is resid else "resid_mid"
-            text = f"{site} = LN({stream_name})" if path else f"{site} = {stream_name}"
-            yield text, known.taps[site].module, received, normed(path, stream_in)
+    for addition in known.additions:
+        stream, number = seen[addition.source, layer], addition.number
+        terms = [seen[f"{name}_out", layer] for name in addition.adds]
+        if addition.sum_norm is not None:
+            terms = [normed(addition.sum_norm, *terms)()]
+        if number:
+            terms.insert(0, stream if number == 1 else number * stream)
+        target = "resid[l+1]" if addition.target == NEXT else addition.target
+        branch = known.taps[f"{addition.adds[-1]}_out"].module if addition.adds else str(addition.norm)
+        yield f"{target} = {addition}", branch, seen[addition.target, layer], normed(addition.norm, *terms)
+    for addition in known.additions:
+        for name in addition.adds:
+            received, path = at(f"{name}_in"), known.entry_norms.get(name)
+            if received is not None:
+                text = f"{name}_in = LN({addition.source})" if path else f"{name}_in = {addition.source}"
+                yield text, known.taps[f"{name}_in"].module, received, normed(path, seen[addition.source, layer])
     if layer + 1 < view.num_layers:
-        yield "resid[l+1] enters the next layer", "", seen["resid", layer + 1], lambda: after
+        yield "resid[l+1] enters the next layer", "", seen["resid", layer + 1], lambda: seen[NEXT, layer]
     yield from _projections(view, known, at, layer)
 
 
 def _projections(view: "View", known, at, layer: int):
-    """The branch is the last linear map of its hidden tensor, where no output norm stands between them."""
+    """The branch is the last linear map of its hidden tensor, unless an output norm or activation is between them."""
     module = view.layers[layer]
-    pairs = (("heads_out", "attn_out", known.attn_projection), ("ffn_hidden", "ffn_out", known.ffn_down))
-    for source, target, path in pairs:
+    for half, path in known.last_maps.items():
+        source, target = "heads_out" if half == "attn" else f"{half}_hidden", f"{half}_out"
         hidden, out = at(source), at(target)
-        if hidden is not None and out is not None and path is not None and not known.output_norms:
+        normed = known.output_norms and half in known.sublayers
+        if hidden is not None and out is not None and half not in known.bent and not normed:
             linear, scale = module.get_submodule(path), known.taps[target].scale
             yield f"{target} = {path.split('.')[-1]}({source})", path, out, lambda f=linear, x=hidden, c=scale: f(x) * c
 
@@ -209,13 +210,16 @@ def _causal(view: "View", seen: Values, output: Tensor) -> tuple[int, tuple[str,
         total = (output * weight).sum()
     grads = torch.autograd.grad(total, [seen[key] for key in joined], allow_unused=True)
     found = dict(zip(joined, grads, strict=True))
-    inert = []
+    inert, ranking = [], 0
     for site, layer in keys:
         grad = found.get((site, layer))
+        if grad is None and site.endswith("router_logits"):  # scores that only rank: what they do is `selected`
+            ranking += 1
+            continue
         if grad is None or not bool(torch.isfinite(grad).all()):
             path = f"{view.layer_path(layer)}.{view.maps[layer].taps[site]}"
             why = "does not reach" if grad is None else "has a gradient that is not finite at"
             raise InputError(f"{view.name} is refused: changing {site}[{layer}] at {path} {why} the output")
         if not bool(grad.any()):
             inert.append(f"{site}[{layer}]")
-    return len(keys) - len(inert), tuple(inert)
+    return len(keys) - len(inert) - ranking, tuple(inert)

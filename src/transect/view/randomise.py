@@ -9,12 +9,13 @@ from torch import nn
 
 from transect.errors import InputError
 from transect.view.kinds import below, is_norm
+from transect.view.sites import HALVES
 
 if TYPE_CHECKING:
     from transect.view.layout import LayerMap
     from transect.view.view import View
 
-ELEMENTS = ("ffn", "ffn_up", "attn", "attn_heads", "layer")
+ELEMENTS = ("ffn", "ffn_up", "ffn2", "attn", "attn_heads", "inner_ffn", "layer")
 STD = 0.02
 
 
@@ -48,14 +49,24 @@ def randomise(view: "View", element: str, layer: int, seed: int = 0) -> Iterator
 
 def _parameters(owner: nn.Module, known: "LayerMap", element: str) -> list[tuple[str, nn.Parameter]]:
     attention = known.attn_root or None
-    left_out = {"ffn_up": known.ffn_down, "attn_heads": known.attn_projection}.get(element)
+    left_out = {"ffn_up": known.last_maps.get("ffn"), "attn_heads": known.last_maps.get("attn")}.get(element)
     if attention is None and element != "layer":
         return []
     found = []
     for path, module in owner.named_modules():
-        inside = below(path, attention)
-        if is_norm(module) or (element != "layer" and inside != element.startswith("attn")):
+        if is_norm(module) or not _belongs(path, known, element):
             continue
         if left_out is None or not below(path, left_out):
-            found += list(module.named_parameters(recurse=False))
+            own = module.named_parameters(recurse=False)
+            found += [(name, parameter) for name, parameter in own if parameter.ndim]  # not a residual's number
     return found
+
+
+def _belongs(path: str, known: "LayerMap", element: str) -> bool:
+    """Whether a module is a part of the element; an FFN inside attention is one of attention."""
+    if element == "layer":
+        return True
+    if element in ("ffn2", "inner_ffn"):
+        return below(path, known.roots.get(HALVES[element]))
+    inside = below(path, known.attn_root)
+    return inside if element.startswith("attn") else not inside and not below(path, known.roots.get("ffn2"))

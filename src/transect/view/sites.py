@@ -9,6 +9,22 @@ if TYPE_CHECKING:
 NEXT = "resid_next"
 """resid[l + 1], as one of the tensors of layer l."""
 
+
+def _sites_of_another(half: str, name: str) -> dict[str, str]:
+    """The sites of an FFN that few layers have."""
+    routing = "where it is sparse"
+    return {
+        f"{half}_in": f"what {name} receives",
+        f"{half}_pre": f"input of the activation of {name}",
+        f"{half}_act": f"output of the activation of {name}",
+        f"{half}_hidden": f"input of the last linear map of {name}",
+        f"{half}_out": f"what {name} gives" if half == "inner" else f"exactly what {name} adds to the stream",
+        f"{half}_router_logits": f"scores of the blocks of {name}, {routing}",
+        f"{half}_selected": f"blocks that {name} chose, {routing}",
+        f"{half}_selected_weights": f"what their outputs are multiplied with, {routing}",
+    }
+
+
 SITES: dict[str, str] = {
     "resid": "stream entering the layer",
     "attn_in": "what the attention sub-layer receives, after its norm in a pre-norm model",
@@ -23,6 +39,9 @@ SITES: dict[str, str] = {
     "router_logits": "scores of a sparse FFN's blocks",
     "selected": "blocks that a sparse FFN chose",
     "selected_weights": "what their outputs are multiplied with: one for each choice, or one for each block",
+    "resid_mid2": "stream between two FFN sub-layers",
+    **_sites_of_another("ffn2", "the second FFN sub-layer"),
+    **_sites_of_another("inner", "the FFN inside attention"),
     NEXT: "stream leaving the layer, before any final norm",
 }
 """Every site of a layer, in the order in which a pre-norm layer computes them."""
@@ -44,6 +63,19 @@ class Element:
     add: str | None = None
     code_flag: str | None = None
     elementwise: bool = False
+    weight: float = 1.0  # of `add`, where the model weights its residual
+
+    @property
+    def half(self) -> str | None:
+        """The sub-layer it is a part of; None for the whole layer and for the FFN inside attention."""
+        first = "ffn" if self.name == "activation" else self.name.partition("_")[0]
+        return first if first in ("attn", "ffn", "ffn2") else None
+
+    @property
+    def output(self) -> str:
+        """The target, and the stream that is added to it with its weight: `attn_out`, `attn_out+resid*0.5`."""
+        weight = "" if self.weight == 1 else f"*{self.weight!r}"
+        return self.target if self.add is None else f"{self.target}+{self.add}{weight}"
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -67,9 +99,41 @@ ELEMENTS: dict[str, Element] = {
         Element("activation", "ffn_pre", "ffn_act", elementwise=True),
         Element("attn_norm", "resid", "attn_in"),
         Element("ffn_norm", "resid_mid", "ffn_in"),
+        Element("inner_ffn", "inner_in", "inner_out"),
+        Element("ffn2", "ffn2_in", "ffn2_out"),
+        Element("ffn2_up", "ffn2_in", "ffn2_hidden"),
+        Element("ffn2_residual", "resid_mid2", "ffn2_out", add="resid_mid2"),
+        Element("ffn2_sublayer", "resid_mid2", NEXT),
+        Element("ffn2_norm", "resid_mid2", "ffn2_in"),
     )
 }
-"""The ten elements of the non-linearity paper under our names, then activation and the two norms."""
+"""The ten elements of the non-linearity paper under our names, then activation and the two norms; last those of an FFN
+inside attention and of a second FFN, which few models have."""
+
+COMMON: tuple[str, ...] = tuple(name for name in ELEMENTS if not name.startswith(("inner", "ffn2")))
+"""The elements that a layer of attention and FFN may have."""
+
+
+def placed(element: Element, known: "LayerMap") -> Element | str:
+    """The element between the streams that its sub-layer really stands between, or the reason why there is none.
+
+    Those are resid and resid_mid for attention, resid_mid and resid_next for the FFN, unless a layer has other
+    sub-layers; sub-layers that are added at once share both.
+    """
+    addition = known.addition(element.half) if element.half else None
+    if addition is None:
+        return element
+    single = len(addition.adds) == 1
+    if addition.sum_norm is not None and element.name.endswith(("_sublayer", "_residual")):
+        return "the sub-layers' outputs are normed together"
+    if element.name.endswith("_sublayer"):
+        if not single:
+            return known.missing["resid_mid" if "attn" in addition.adds else "resid_mid2"]
+        return replace(element, source=addition.source, target=addition.target)
+    if element.name.endswith("_residual"):
+        add = addition.source if addition.number else None
+        return replace(element, source=addition.source, add=add, weight=addition.number or 1.0)
+    return replace(element, source=addition.source) if element.name.endswith("_norm") else element
 
 
 def present(element: Element, known: "LayerMap") -> Element | str:
@@ -78,27 +142,28 @@ def present(element: Element, known: "LayerMap") -> Element | str:
     In a parallel layer the FFN reads `resid`, which takes the place of `resid_mid`. Where a sub-layer reads the stream
     itself its input is `resid` or `resid_mid`; a residual without a norm after it is the whole sub-layer.
     """
-    if known.parallel and element.name in ("attn_sublayer", "ffn_sublayer"):
-        return "a parallel layer has no stream between its sub-layers"
-    swaps = {"resid_mid": "resid"} if known.parallel or "attn" not in known.sublayers else {}
-    if element.name in ("attn_norm", "ffn_norm"):
-        if getattr(known, element.name) is None and element.target in known.taps:
+    half = element.half
+    addition = known.addition(half) if half else None
+    if half and addition is None:
+        return known.missing[f"{half}_out"]
+    found = placed(element, known)
+    if isinstance(found, str):
+        return found
+    if half and addition:
+        reads_stream = half not in known.entry_norms and f"{half}_in" in known.taps
+        if element.name == f"{half}_norm" and reads_stream:
             return f"{element.target} is the stream itself: no norm stands before this sub-layer"
-    else:
-        if known.attn_norm is None and "attn_in" in known.taps:
-            swaps["attn_in"] = "resid"
-        if known.ffn_norm is None and "ffn_in" in known.taps:
-            swaps["ffn_in"] = swaps.get("resid_mid", "resid_mid")
-    source = swaps.get(element.source, element.source)
-    target, add = element.target, element.add and swaps.get(element.add, element.add)
-    if element.name == "attn_residual" and known.mid_norm is None and "resid_mid" in known.taps:
-        target, add = "resid_mid", None
-    if element.name == "ffn_residual" and known.next_norm is None and not known.parallel:
-        target, add = NEXT, None
-    for site in (source, target, add):
-        if site is not None and site not in known.taps:
+        if found.source == f"{half}_in" and reads_stream:
+            found = replace(found, source=addition.source)
+        if element.name == f"{half}_residual" and addition.norm is None and len(addition.adds) == 1:
+            found = replace(found, target=addition.target, add=None, weight=1.0)
+    for site in found.sites:
+        if site not in known.taps:
             return known.missing.get(site, f"this layer has no {site}")
-    return replace(element, source=source, target=target, add=add)
+    return found
 
+
+HALVES: dict[str, str] = {"attn": "attn", "ffn": "ffn", "ffn2": "ffn2", "inner_ffn": "inner"}
+"""The parts that add to the stream, or inside attention to its contexts, with the prefix of their sites."""
 
 PAPER_ELEMENTS: tuple[str, ...] = tuple(name for name, element in ELEMENTS.items() if element.code_flag)

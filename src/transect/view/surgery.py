@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from transect.view.experts import experts_of, one
-from transect.view.kinds import below, is_experts, is_linear
+from transect.view.kinds import below, is_experts, is_linear, is_norm
 from transect.view.order import PER_LAYER
+from transect.view.own import moved, settings_of
+from transect.view.sites import HALVES
 
 if TYPE_CHECKING:
     from transect.view.view import View
@@ -39,7 +41,7 @@ def refuse_shared(view: "View") -> None:
 
 
 def silenced(view: "View", part: str, layer: int, index: int | None, values: Values) -> Values:
-    """The values with those added that make `attn`, `ffn`, a `head` or an `expert` add exactly zero to the stream.
+    """The values with those added that make a half of a layer, a `head` or an `expert` add exactly zero.
 
     Tried in this order: the branch's own output norm, its last linear map, and for a sparse FFN the last maps of its
     experts and of what is added to them. Raises InexpressibleError when none makes the branch zero.
@@ -48,8 +50,9 @@ def silenced(view: "View", part: str, layer: int, index: int | None, values: Val
         return values | _without_head(view, layer, int(index or 0), values)
     if part == "expert":
         return values | _without_expert(view, layer, int(index or 0), values)
-    site = f"{part}_out"
-    for found in _candidates(view, part, layer):
+    half = HALVES[part]
+    site = f"{half}_out"
+    for found in _candidates(view, half, layer):
         new = values | _named(view, layer, found)
         with replaced(view.model, new):
             if not _branch(view, layer, site).any():
@@ -57,40 +60,51 @@ def silenced(view: "View", part: str, layer: int, index: int | None, values: Val
     raise InexpressibleError(f"layer {layer} has no weights that can be zero so that {site} is")
 
 
-def _candidates(view: "View", part: str, layer: int) -> Iterator[dict[nn.Parameter, Tensor]]:
+def _candidates(view: "View", half: str, layer: int) -> Iterator[dict[nn.Parameter, Tensor]]:
     known, module = view.maps[layer], view.layers[layer]
     for path in known.output_norms:
         weight = getattr(module.get_submodule(path), "weight", None)
         if isinstance(weight, nn.Parameter):
             for fill in (0.0, -1.0):  # the second where the norm multiplies by one more than its weight
                 yield _zeros(module.get_submodule(path)) | {weight: torch.full_like(weight, fill)}
-    last = known.attn_projection if part == "attn" else known.ffn_down
+    last = known.last_maps.get(half)
     if last is not None:
         yield _zeros(module.get_submodule(last))
-    if part == "ffn" and known.sparse:
-        yield _sparse(view, layer)
+    if half in known.blocks:
+        yield _sparse(view, layer, half)
 
 
 def _zeros(module: nn.Module) -> dict[nn.Parameter, Tensor]:
     return {parameter: torch.zeros_like(parameter) for parameter in module.parameters(recurse=False)}
 
 
-def _sparse(view: "View", layer: int) -> dict[nn.Parameter, Tensor]:
-    """Zeros for the last maps of the experts, and for the map that shared experts beside them end in."""
-    known, module = view.maps[layer], view.layers[layer]
+def _sparse(view: "View", layer: int, half: str) -> dict[nn.Parameter, Tensor]:
+    """Zeros for the last maps of the experts, and for the map that shared experts, or the bias, beside them end in."""
     zeros: dict[nn.Parameter, Tensor] = {}
-    for expert in (other for other in module.modules() if is_experts(other)):
+    parts = list(_parts(view, layer, half))
+    for expert in (other for other in parts if is_experts(other)):
         zeros |= {parameter: torch.zeros_like(parameter) for parameter in _last_of_experts(view, expert)}
-    outside = [m for path, m in module.named_modules() if is_linear(m) and not below(path, known.attn_root)]
+    ends = [_zeros(other) for other in parts if is_linear(other)]
+    biases = (p for m in parts if not is_norm(m) and not is_linear(m) for p in m.parameters(recurse=False))
+    ends += [{parameter: torch.zeros_like(parameter)} for parameter in biases if parameter.ndim == 1]
     with replaced(view.model, _named(view, layer, zeros)):
-        rest = _branch(view, layer, "ffn_out")
-        for linear in reversed(outside if rest.any() else []):
-            negated = {parameter: -parameter.detach() for parameter in linear.parameters(recurse=False)}
+        rest = _branch(view, layer, f"{half}_out")
+        for end in reversed(ends if rest.any() else []):
+            negated = {parameter: -parameter.detach() for parameter in end}
             with replaced(view.model, _named(view, layer, negated)):
-                odd = torch.equal(_branch(view, layer, "ffn_out"), -rest)
+                odd = torch.equal(_branch(view, layer, f"{half}_out"), -rest)
             if odd:
-                return zeros | _zeros(linear)
+                return zeros | end
     return zeros
+
+
+def _parts(view: "View", layer: int, half: str) -> Iterator[nn.Module]:
+    """The modules of one FFN: those of its own module, or where it has none all outside attention."""
+    known, module = view.maps[layer], view.layers[layer]
+    root = known.roots.get(half) if len(known.roots) > 1 else None
+    for path, part in module.named_modules():
+        if below(path, root) if root else not below(path, known.attn_root):
+            yield part
 
 
 def _last_of_experts(view: "View", experts: nn.Module) -> tuple[nn.Parameter, ...]:
@@ -99,10 +113,12 @@ def _last_of_experts(view: "View", experts: nn.Module) -> tuple[nn.Parameter, ..
     handle = experts.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     with handle, torch.no_grad():
         view.run(_tokens(view))
-    args, kwargs = calls[0]
+    args, kwargs = calls[0]  # the router of a sparse FFN may own stacks too, and returns several tensors
     own = list(reversed(list(experts.named_parameters(recurse=False))))
     with torch.no_grad():
         plain = experts(*args, **kwargs)
+        if not isinstance(plain, Tensor):
+            return ()
         for size in range(1, len(own) + 1):
             for chosen in combinations(own, size):
                 with replaced(experts, {name: -parameter.detach() for name, parameter in chosen}):
@@ -118,7 +134,7 @@ def _without_head(view: "View", layer: int, head: int, values: Values) -> Values
     if not isinstance(weight, nn.Parameter):
         raise InexpressibleError(f"the output projection of layer {layer} is not a plain weight")
     (name,) = _named(view, layer, {weight: weight})
-    width = view.site_width(layer, "heads_out") // view.model.config.num_attention_heads
+    width = view.site_width(layer, "heads_out") // view.heads(layer)
     seen = torch.zeros(1, view.site_width(layer, "heads_out"), dtype=weight.dtype, device=weight.device)
     seen[:, head * width : (head + 1) * width] = torch.arange(1, width + 1)
     for axis in (1, 0):  # nn.Linear's weight reads along 1, GPT-2's Conv1D along 0
@@ -234,6 +250,10 @@ def _moved_config(view: "View", order: Sequence[int]) -> Any:
     config, count = copy.deepcopy(view.model.config), view.num_layers
     if list(order) == list(range(count)):
         return config
+    settings = settings_of(view.model)
+    if settings is not None:
+        config.architecture = moved(settings, order).plain()
+        return config
     for name in PER_LAYER:
         entries = getattr(config, name, None)
         if isinstance(entries, (list, tuple)) and len(entries) == count:
@@ -266,7 +286,8 @@ def _difference(left: nn.Module, right: nn.Module) -> str | None:
                 return f"{name} of {where} would be {other}, not {one}"
         for name, buffer in here.named_buffers(recurse=False):
             other = dict(there.named_buffers(recurse=False)).get(name)
-            if other is None or other.shape != buffer.shape or not torch.equal(other.cpu(), buffer.cpu()):
+            made = name in here._non_persistent_buffers_set  # others move with the weights
+            if other is None or other.shape != buffer.shape or (made and not torch.equal(other.cpu(), buffer.cpu())):
                 return f"{name} of {where} would be another"
     return None
 

@@ -1,7 +1,8 @@
 """What a layer architecture is to the model."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -35,4 +36,10 @@ class Block(nn.Module, ABC):
 
 def build(layer: LayerConfig, model: ModelConfig, index: int) -> Block:
     """The layer that the settings describe."""
-    return registry.load("transect.models.blocks", layer.block.kind, Block)(layer, model, index)
+    made = cast(Callable[..., Block], registry.load("transect.models.blocks", layer.block.kind, Block))
+    return made(layer, model, index)
+
+
+def named(numbers: Numbers, part: str) -> Numbers:
+    """Losses or statistics of one part of a layer, under its name."""
+    return {f"{part}.{name}": number for name, number in numbers.items()}

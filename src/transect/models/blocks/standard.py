@@ -1,5 +1,7 @@
 """The standard layer: attention, then an FFN, each added to the stream."""
 
+from typing import cast
+
 from torch import Tensor
 
 from transect.models.attention import Attention
@@ -7,7 +9,7 @@ from transect.models.blocks._residual import Residual
 from transect.models.blocks.base import Block, BlockOutput
 from transect.models.config import LayerConfig, ModelConfig
 from transect.models.context import Context
-from transect.models.ffn.base import build
+from transect.models.ffn.base import FFNConfig, build
 from transect.models.plug import PlugConfig
 
 
@@ -27,7 +29,7 @@ class Standard(Block):
         self.attn_residual = Residual(layer, model, layer.residual.attn)
         self.attn = Attention(layer, model)
         self.ffn_residual = Residual(layer, model, layer.residual.ffn)
-        self.ffn = build(layer.ffn, model, index)
+        self.ffn = build(cast(FFNConfig, layer.ffn), model, index)
 
     def forward(self, hidden: Tensor, context: Context, place: int) -> BlockOutput:
         branch = self.attn(self.attn_residual.enter(hidden), context, place)

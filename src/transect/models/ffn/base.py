@@ -46,4 +46,4 @@ class FFN(nn.Module, ABC):
 
 def build(config: FFNConfig, model: ModelConfig, index: int) -> FFN:
     """The FFN that the settings describe."""
-    return registry.load("transect.models.ffn", config.kind, FFN)(config, model, index)
+    return registry.load("transect.models.ffn", config.kind, FFN)(config, model, index)  # pyright: ignore[reportAbstractUsage]

@@ -76,7 +76,7 @@ class JumpConfig(PenaltyConfig):
         if self.k is not None and self.k > layers:
             raise Unfit("k", self.k, f"there are {layers} layers")
         if self.weights == "softmax_alpha":
-            places = torch.arange(layers, dtype=torch.float64)
+            places = torch.arange(layers, dtype=torch.float64, device="cpu")
             return torch.softmax(self.alpha * places, 0).tolist()
         last = {"uniform": layers, "last_only": 1}.get(self.weights, self.k or layers)
         return [0.0] * (layers - last) + [1 / last] * last

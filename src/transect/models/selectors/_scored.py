@@ -17,7 +17,7 @@ from transect.models.selectors._top import best
 from transect.models.selectors.base import Selection, Selector, SelectorConfig, Shape
 
 if TYPE_CHECKING:
-    from transect.models.ffn.memory import Memory
+    from transect.models.memory.memory import Memory
 
 
 Weight = Annotated[float, Field(ge=0)]

@@ -11,7 +11,7 @@ from transect.models.selectors._seeds import generator
 from transect.models.selectors.base import Shape
 
 if TYPE_CHECKING:
-    from transect.models.ffn.memory import Memory
+    from transect.models.memory.memory import Memory
 
 
 class AvgK(Gated):

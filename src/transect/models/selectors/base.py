@@ -10,7 +10,7 @@ from transect.models.plug import PlugConfig
 
 if TYPE_CHECKING:
     from transect.models.config import LayerConfig, ModelConfig
-    from transect.models.ffn.memory import Memory
+    from transect.models.memory.memory import Memory
 
 
 @dataclass(frozen=True, slots=True)

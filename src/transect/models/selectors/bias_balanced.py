@@ -11,7 +11,7 @@ from transect.models.selectors._routed import Routed, RoutedConfig
 from transect.models.selectors.base import Selection, Shape
 
 if TYPE_CHECKING:
-    from transect.models.ffn.memory import Memory
+    from transect.models.memory.memory import Memory
 
 
 class BiasBalanced(Routed):

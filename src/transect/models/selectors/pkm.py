@@ -9,7 +9,7 @@ from transect.models.selectors._scored import Choice, Scored, without_padding
 from transect.models.selectors.base import Selection, Shape
 
 if TYPE_CHECKING:
-    from transect.models.ffn.memory import Memory
+    from transect.models.memory.memory import Memory
 
 
 class PKM(Scored):

@@ -10,7 +10,7 @@ from transect.models.selectors._scored import Choice, GatedConfig, Scored, witho
 from transect.models.selectors.base import Selection, Shape
 
 if TYPE_CHECKING:
-    from transect.models.ffn.memory import Memory
+    from transect.models.memory.memory import Memory
 
 
 class PKMFFN(Scored):

@@ -12,7 +12,7 @@ from transect.models.selectors._top import best
 from transect.models.selectors.base import Selection, Selector, SelectorConfig, Shape
 
 if TYPE_CHECKING:
-    from transect.models.ffn.memory import Memory
+    from transect.models.memory.memory import Memory
 
 
 _ROWS = 4096  # ids drawn at a time

@@ -9,7 +9,7 @@ from transect.models.selectors._scored import Gated, GatedConfig
 from transect.models.selectors.base import Shape
 
 if TYPE_CHECKING:
-    from transect.models.ffn.memory import Memory
+    from transect.models.memory.memory import Memory
 
 
 class RandomRouter(Gated):

@@ -10,7 +10,7 @@ from transect.models.selectors._top import best
 from transect.models.selectors.base import Selection
 
 if TYPE_CHECKING:
-    from transect.models.ffn.memory import Memory
+    from transect.models.memory.memory import Memory
 
 
 class VanillaM(Scored):

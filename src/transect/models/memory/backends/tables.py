@@ -1,0 +1,51 @@
+"""What every way to compute a memory is given."""
+
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from transect.models.activations import ACTIVATIONS
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
+
+
+class Tables(NamedTuple):
+    """The tables of a memory of B blocks of g cells: keys, up and values [B, g, d], key_bias and up_bias [B, g].
+
+    up is None unless gated, biases are None where there are none. activation is the name of f.
+    """
+
+    keys: Tensor
+    up: Tensor | None
+    values: Tensor
+    key_bias: Tensor | None
+    up_bias: Tensor | None
+    activation: str
+
+    @property
+    def function(self) -> Callable[[Tensor], Tensor]:
+        """f itself."""
+        return ACTIVATIONS[self.activation]
+
+    def to(self, dtype: torch.dtype) -> "Tables":
+        """The same in another type."""
+        return Tables._make([None if part is None else part.to(dtype) for part in self[:-1]] + [self.activation])
+
+
+Mix = Callable[[Tensor, Tensor, Tensor, Tables], Tensor]
+"""x [N, d], blocks [N, b] (-1 dropped, else distinct within a row), weights [N, b], tables -> [N, d]."""
+Read = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""blocks [N, b], weights [N, b], values [B, 1, d] -> [N, d]."""
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums over blocks are kept: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def eagerly(function: Callable[Given, Made]) -> Callable[Given, Made]:
+    """A function that `torch.compile` leaves as it is, between compiled parts."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]

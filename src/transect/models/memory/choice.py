@@ -1,0 +1,168 @@
+"""Which back end computes a memory: the fastest at the nearest measured shape, or a rule where nothing was measured."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from transect.errors import InputError
+
+SHIPPED = Path(__file__).with_name("measured.json")
+NEAR = 3.0
+"""A measured shape is near if none of its features differs by more than this power of two."""
+WEIGHTS = (2, 2, 1, 1, 1)
+"""How much each of `Case.features` counts: what a block is matters more than how much there is to do."""
+LEAST_KEPT = ("grouped", "gather", "masked", "reference")
+"""Back ends by what they keep for the backward pass, the least first."""
+TIE = 1.05
+FEW = 64
+
+
+class Case(NamedTuple):
+    """What a choice depends on; `tokens` rounded to a power of two. kind: `mix`, keys and values; `read`, values."""
+
+    kind: Literal["mix", "read"]
+    device: str
+    dtype: str
+    block_size: int
+    blocks: int
+    active: int
+    width: int
+    tokens: int
+
+    @property
+    def features(self) -> tuple[float, ...]:
+        """Block size, blocks for each active one, active cells, width, tokens."""
+        cells = self.active * self.block_size
+        return self.block_size, self.blocks / self.active, cells, self.width, self.tokens
+
+    def __str__(self) -> str:
+        return (
+            f"{self.active} of {self.blocks} blocks of {self.block_size} cells, width {self.width}, "
+            f"{self.tokens} tokens, {self.dtype} on {self.device}"
+        )
+
+
+class Measured(NamedTuple):
+    """Seconds of each back end at one shape."""
+
+    case: Case
+    seconds: dict[str, float]
+
+
+class Choice(NamedTuple):
+    """A back end, and why it."""
+
+    backend: str
+    why: str
+
+
+@dataclass
+class Picker:
+    """A forced back end, or `auto` with the table to choose from; `chosen` keeps what was decided."""
+
+    backend: str = "auto"
+    table: Sequence[Measured] = ()
+    chosen: dict[Case, Choice] = field(default_factory=dict)
+
+    def pick(self, case: Case) -> str:
+        """The back end for a case."""
+        if self.backend != "auto":
+            return self.backend
+        if case not in self.chosen:
+            self.chosen[case] = choose(case, self.table)
+        return self.chosen[case].backend
+
+
+def case_of(kind: Literal["mix", "read"], values: Tensor, active: int, tokens: int) -> Case:
+    """The case of a table of values [blocks, block_size, width] read by so many tokens."""
+    blocks, size, width = values.shape
+    rounded = 1 << max(0, tokens - 1).bit_length()
+    dtype = str(values.dtype).removeprefix("torch.")
+    return Case(kind, values.device.type, dtype, size, blocks, active, width, rounded)
+
+
+def choose(case: Case, table: Sequence[Measured]) -> Choice:
+    """The fastest back end at the measured shape with the least weighted sum of |log2 ratio|, if near; else by rule.
+
+    Of back ends within 5 % of the fastest, the one that keeps least.
+    """
+    same = [row for row in table if row.case[:3] == case[:3] and max(_distances(row.case, case)) <= NEAR]
+    if not same:
+        return Choice(_by_rule(case), "a rule, nothing near was measured")
+    nearest = min(same, key=lambda row: _weighted(_distances(row.case, case)))
+    limit = TIE * min(nearest.seconds.values())
+    fast = [name for name in LEAST_KEPT if nearest.seconds.get(name, math.inf) <= limit]
+    return Choice(fast[0], f"measured at {nearest.case}")
+
+
+def lines(model: nn.Module) -> list[str]:
+    """One line for each distinct choice that a model's memories have made so far; training prints them once."""
+    pickers = [
+        held for held in (getattr(module, "picker", None) for module in model.modules()) if isinstance(held, Picker)
+    ]
+    found = (
+        f"sparse FFN, {case}: {chosen.backend} ({chosen.why})" for p in pickers for case, chosen in p.chosen.items()
+    )
+    return list(dict.fromkeys(found))
+
+
+def user_path() -> Path:
+    """Where `tune` leaves this machine's table, by the habit of the platform."""
+    from typer import get_app_dir
+
+    return Path(get_app_dir("transect")) / "backends.json"
+
+
+def find_table(path: str | Path | None = None) -> tuple[Measured, ...]:
+    """The table in a file; without one the user's own, where there is one, else the shipped table.
+
+    Raises InputError where a file is missing or is no table.
+    """
+    if path is None:
+        own = user_path()
+        path = own if own.is_file() else SHIPPED
+    return tuple(_read(Path(path)))
+
+
+def table_text(rows: Sequence[Measured], about: dict[str, Any]) -> str:
+    """The table as JSON, one shape a line; `about` says where and how it was measured."""
+    shown = ",\n".join("    " + json.dumps(row.case._asdict() | {"seconds": row.seconds}) for row in rows)
+    head = "".join(f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in about.items())
+    return f'{{\n{head}  "rows": [\n{shown}\n  ]\n}}\n'
+
+
+def _read(path: Path) -> Iterator[Measured]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        for row in rows:
+            seconds = row.pop("seconds")
+            if not seconds or not set(seconds) <= set(LEAST_KEPT):
+                raise ValueError(f"seconds are of {', '.join(LEAST_KEPT)}")
+            if not all(isinstance(value, float) and value > 0 for value in seconds.values()):
+                raise ValueError("seconds must be positive numbers")
+            yield Measured(Case(**row), seconds)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no table of back ends: {error}; write one with `transect tune`") from error
+
+
+def _distances(one: Case, other: Case) -> list[float]:
+    """|log2 ratio| of each feature."""
+    return [abs(math.log2(a / b)) for a, b in zip(one.features, other.features, strict=True)]
+
+
+def _weighted(distances: list[float]) -> float:
+    return sum(weight * distance for weight, distance in zip(WEIGHTS, distances, strict=True))
+
+
+def _by_rule(case: Case) -> str:
+    """Few fetched rows: gather. Most blocks read, or tiny blocks on an accelerator: masked. Else grouped."""
+    if case.tokens * case.active <= FEW or (case.block_size == 1 and 16 * case.active <= case.blocks):
+        return "gather"
+    if 2 * case.active >= case.blocks or case.block_size <= (4 if case.device == "cpu" else 16):
+        return "masked"
+    return "grouped"

@@ -1,0 +1,91 @@
+"""The memory of a sparse FFN: tables of keys and values in blocks, read where a selector says."""
+
+import torch
+from torch import Tensor, nn
+
+from transect.models.activations import Activation
+from transect.models.memory.backends import MIXES, READS
+from transect.models.memory.backends.tables import Tables
+from transect.models.memory.choice import Picker, case_of
+
+INITIAL_STD = 0.02
+
+
+class Memory(nn.Module):
+    """Tables `keys`, `values` and, where gated, `up`, all [blocks, block_size, width].
+
+    A cell's coefficient is f(x k + b1), gated f(x k + b1) (x u + b1'); a token's output is the sum of weight *
+    coefficient * value over the cells of its blocks. In Hugging Face's words keys are gate_proj (up_proj where not
+    gated), up is up_proj, values the transposed down_proj. `keys` is None where the selector brings its own
+    (`with_keys=False`); `key_bias` and `up_bias` [blocks, block_size] are None without biases. The output bias is the
+    FFN's. `picker` says which back end computes it, and keeps what it chose. Source: Avg-K 3.1.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        blocks: int,
+        block_size: int,
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool = False,
+        with_keys: bool = True,
+        picker: Picker | None = None,
+    ) -> None:
+        super().__init__()
+        self.width, self.blocks, self.block_size = width, blocks, block_size
+        self.activation = Activation(activation)
+        self.picker = Picker() if picker is None else picker
+        shape = (blocks, block_size, width)
+        self.keys = nn.Parameter(torch.empty(shape)) if with_keys else None
+        self.up = nn.Parameter(torch.empty(shape)) if gated else None
+        self.values = nn.Parameter(torch.empty(shape))
+        self.key_bias = nn.Parameter(torch.empty(shape[:2])) if bias and with_keys else None
+        self.up_bias = nn.Parameter(torch.empty(shape[:2])) if bias and gated else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Tables normal with std 0.02, biases 0; a model draws them anew by its own rules."""
+        for table in (self.keys, self.up, self.values):
+            if table is not None:
+                nn.init.normal_(table, std=INITIAL_STD)
+        for bias in (self.key_bias, self.up_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor, blocks: Tensor, weights: Tensor, coefficients: Tensor | None = None) -> Tensor:
+        """x [N, d]; blocks [N, b], -1 dropped, else distinct within a row; weights [N, b] -> [N, d].
+
+        coefficients [N, b] stand in place of f(x k) (block size 1). Without keys, weights are all there is. Products
+        are made in the type of x, or autocast's.
+        """
+        if coefficients is not None:
+            weights = weights * coefficients
+        dtype = _product_type(x)
+        x, weights, values = x.to(dtype), weights.to(dtype), self.values.to(dtype)
+        if self.keys is not None and coefficients is None:
+            tables = Tables(self.keys, self.up, values, self.key_bias, self.up_bias, self.activation.name)
+        elif self.up is not None:  # what is left of a gated cell: its linear half
+            tables = Tables(self.up, None, values, self.up_bias, None, "identity")
+        else:
+            way = self.picker.pick(case_of("read", values, blocks.shape[1], len(x)))
+            return READS[way](blocks, weights, values)
+        tables = tables.to(dtype)
+        way = self.picker.pick(case_of("mix", values, blocks.shape[1], len(x)))
+        return MIXES[way](x, blocks, weights, tables)
+
+    def flops(self, active: int) -> float:
+        """Forward FLOPs per token with `active` blocks, two for a multiply-add: 2 d per cell and table."""
+        held = sum(table is not None for table in (self.keys, self.up, self.values))
+        return 2.0 * held * self.width * self.block_size * active
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.blocks}, block_size={self.block_size}, width={self.width}"
+
+
+def _product_type(x: Tensor) -> torch.dtype:
+    """That of x, or autocast's, as for linear maps."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
