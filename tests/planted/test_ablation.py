@@ -109,7 +109,7 @@ def layers_in(row: Row) -> list[int]:
     return list(range(row.layer, (row.layer if row.layer_to is None else row.layer_to) + 1))
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [part for part in PARTS if part not in ("ffn2", "inner_ffn")])  # these have one FFN
 @pytest.mark.parametrize("name", HAND)
 def test_zero_is_the_loop_by_hand_without_it(name: str, part: str):
     view, data = view_of(name, layers=LAYERS), text(23, high=17)
