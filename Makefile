@@ -48,6 +48,9 @@ bench: setup
 	@$(BIN)/python -m benchmarks.measuring
 	@$(BIN)/python -m benchmarks.contribution
 	@$(BIN)/python -m benchmarks.commutativity
+	@$(BIN)/python -m benchmarks.sparse_ffn
+	@$(BIN)/python -m benchmarks.caa
+	@$(BIN)/python -m benchmarks.jump_penalty
 
 setup: .venv/ready
 

@@ -53,7 +53,7 @@ OWN: dict[str, dict[str, Any]] = {
     # the standard block in every layout
     "standard": {},
     "standard/post": _POST,
-    "standard/sandwich": {"norm": {"layout": "sandwich", "kind": "rms"}},
+    "standard/sandwich": {"norm": {"layout": "sandwich", "type": "rms"}},
     "standard/branch": {"norm": {"layout": "branch"}},
     "standard/none": {"norm": {"layout": "none"}},
     "standard/masked": _BERT,

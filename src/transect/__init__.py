@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # what the lazy names below are, for type checkers and editor
     from transect.errors import InputError as InputError
     from transect.measure import measure as measure
     from transect.models import penalties as penalties
+    from transect.models.budget import budget as budget
+    from transect.models.match import match as match
     from transect.report import write_report as write_report
     from transect.results import Row as Row
     from transect.results import Table as Table
@@ -28,7 +30,9 @@ _NAMES = {
     "Row": ("transect.results", "Row"),
     "Table": ("transect.results", "Table"),
     "View": ("transect.view.view", "View"),
+    "budget": ("transect.models.budget", "budget"),
     "commit": ("transect.view.commit", "commit"),
+    "match": ("transect.models.match", "match"),
     "measure": ("transect.measure", "measure"),
     "plan": ("transect.plan", "make"),
     "run": ("transect.measure", "run"),

@@ -11,6 +11,7 @@ from transect.errors import InputError
 from transect.foretell import foretold_seconds, readable_time
 from transect.joint import check_folder, withdraw, write_joint
 from transect.measure import notes_of, run
+from transect.models.memory import choice
 from transect.options import configured
 from transect.plan import make
 from transect.probes.base import Probe
@@ -143,6 +144,8 @@ def _measure_one(
         return Table()
     with Bar(plan.tokens) as bar:
         table = run(plan, None if output is None else str(output), request.resume, bar.advance)
+    for line in choice.lines(view.model):
+        speaker.say(f"note    {line}")
     if alone:
         terminal.print_table(table, speaker.console)
     if alone and output is not None:

@@ -98,7 +98,10 @@ def with_settings(given: Mapping[str, Any], settings: Sequence[str]) -> dict[str
             if not isinstance(below, dict):
                 raise InputError(f"--set {setting!r}: {step!r} is {below!r} and has no settings below it")
             here = below
-        here[last] = read_yaml(text, f"--set {setting}")
+        value = read_yaml(text, f"--set {setting}")
+        if last == "kind" and here.get("kind") != value:  # another plug-in does not have the options of this one
+            here.clear()
+        here[last] = value
     return changed
 
 
@@ -108,11 +111,10 @@ def misfit(where: str | Sequence[str | int], given: Any, why: str) -> PydanticCu
     return PydanticCustomError("misfit", "{why}", {"why": why, "where": [p for p in path if p != ""], "given": given})
 
 
-def inner_misfit(kind: type[BaseModel], error: ValidationError) -> PydanticCustomError:
-    """A nested validation's first error, with its path kept."""
-    first = error.errors()[0]
-    where, given, why = _said(kind, first)
-    return misfit(where, given, why)
+def inner_misfit(kind: type[BaseModel], error: ValidationError, above: str = "") -> PydanticCustomError:
+    """A nested validation's first error, with its path kept, below the path `above`."""
+    where, given, why = _said(kind, error.errors()[0])
+    return misfit([*above.split("."), *where], given, why)
 
 
 def _line(kind: type[BaseModel], errors: Sequence[ErrorDetails], root: str) -> str:

@@ -116,12 +116,9 @@ def test_one_block_is_the_dense_ffn(backend, generator):
 
 
 @every_backend
-@pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
-def test_coefficients_of_the_selector_give_what_the_memory_would(backend, gated, generator):
+def test_coefficients_of_the_selector_give_what_the_memory_would(backend, generator):
     """vanilla_m computes f(x k) itself; the memory given no coefficients must agree, in gradients too."""
-    ffn = sparse(
-        backend=backend, selector="vanilla_m", block_size=1, active_blocks=17, gated=gated, bias=True, activation="silu"
-    )
+    ffn = sparse(backend=backend, selector="vanilla_m", block_size=1, active_blocks=17, bias=True, activation="silu")
     x = stream(generator, TOKENS).requires_grad_()
     chosen = ffn.selector(x, ffn.memory)
     products = torch.einsum("nd,nbd->nb", x, ffn.memory.keys[chosen.blocks, 0])
@@ -134,6 +131,23 @@ def test_coefficients_of_the_selector_give_what_the_memory_would(backend, gated,
     for one, two in zip(torch.autograd.grad(own, given, above), torch.autograd.grad(other, given, above), strict=True):
         assert torch.allclose(one, two, rtol=1e-9, atol=1e-9)
     assert torch.allclose(ffn(x[None], None, None).hidden[0], own + ffn.out_bias, rtol=1e-10, atol=1e-10)
+
+
+def test_a_gated_memory_has_keys_and_takes_no_coefficients():
+    with pytest.raises(ValueError, match="a gated memory needs keys"):
+        Memory(WIDTH, 5, 1, gated=True, with_keys=False)
+    x, blocks, ones = torch.zeros(3, WIDTH), torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1)
+    with pytest.raises(ValueError, match="memories that are not gated"):
+        Memory(WIDTH, 5, 1, gated=True)(x, blocks, ones, ones)
+
+
+@pytest.mark.parametrize("selector", ["avg_k", "vanilla_m", "pkm"])
+def test_a_forward_on_meta(selector):
+    """The device of shapes alone knows no autocast."""
+    cells = {} if selector == "avg_k" else {"block_size": 1, "active_blocks": 17}
+    ffn = sparse(selector=selector, backend="reference", **cells).float().to("meta")
+    x = torch.empty(2, 5, WIDTH, device="meta")
+    assert ffn(x, None, None).hidden.shape == x.shape
 
 
 @every_backend

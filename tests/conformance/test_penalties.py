@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import transect as tx
 from transect import registry
+from transect.models.penalties._pass import PenaltyPass
 from transect.models.penalties.base import LayerSums, Penalty, PenaltyConfig, combined
 
 PACKAGE = "transect.models.penalties"
@@ -115,3 +116,48 @@ def test_checkpointed_regions_change_no_bit(name: str, counted: Tensor, generato
     assert torch.equal(losses[0], losses[1])
     plain, again = (torch.autograd.grad(loss, states) for loss in losses)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_pass_makes_the_shared_states_once(saved: bool, counted: Tensor, generator: torch.Generator):
+    """Two penalties read both: the final norm and the raw embedding are computed once, the norm handed out."""
+    normed, raw, states = torch.nn.LayerNorm(WIDTH).double(), [], streams(generator)
+    seen_by_norm: list[Tensor] = []
+    normed.register_forward_hook(lambda _, given, out: seen_by_norm.append(out))
+
+    def embedded() -> Tensor:
+        raw.append(states[0] * 2 + 1)
+        return raw[-1]
+
+    wanted = [penalty_of("jump", final_state="post_norm", first_state="embedding", alpha=alpha) for alpha in (0.1, 1)]
+    watch = PenaltyPass(wanted, [counted] * 2, None, normed, embedded)
+    sums = []
+    for place in range(LAYERS):
+        assert watch.final() is None
+        given = (place, states[place], states[place + 1])
+        sums.append(checkpoint(watch.layer, *given, use_reentrant=False) if saved else watch.layer(*given))
+    assert len(seen_by_norm) == len(raw) == 1
+    final = watch.final()
+    assert final is seen_by_norm[0] and torch.equal(final, normed(states[-1]))
+    apart = [
+        wanted[0].layer(place, raw[0] if place == 0 else states[place], after, counted)
+        for place, after in enumerate([*states[1:-1], normed(states[-1])])
+    ]
+    for found, expected in zip(sums, apart, strict=True):
+        assert torch.equal(found[0].values, expected.values)
+    gradients = torch.autograd.grad(watch.totals(sums)[0]["jump"] + final.sum(), [states[0], normed.weight])
+    assert all(bool(gradient.any()) for gradient in gradients)
+    assert watch.final() is final
+
+
+def test_a_pass_without_such_penalties_makes_neither(counted: Tensor, generator: torch.Generator):
+    def never(*_: Tensor) -> Tensor:
+        raise AssertionError("nobody reads it")
+
+    states = streams(generator)
+    watch = PenaltyPass([penalty_of("jump", first_state="after_embedding_norm")], [counted], None, never, never)
+    for place in range(LAYERS):
+        watch.layer(place, states[place], states[place + 1])
+    assert watch.final() is None
+    alone = PenaltyPass([penalty_of("jump")], [counted], None, None, None)
+    assert torch.equal(alone.layer(0, *states[:2])[0].values, watch.layer(0, *states[:2])[0].values)

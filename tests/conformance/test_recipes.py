@@ -72,7 +72,7 @@ def _kinds(model: ModelConfig) -> tuple:
     }
     residuals = {(layer.residual.attn == 1, isinstance(layer.residual.attn, str)) for layer in model.layer_configs}
     penalties = tuple(sorted((one.kind, str(getattr(one, "weights", ""))) for one in model.penalties))
-    return model.objective, frozenset(layers), frozenset(residuals), penalties, model.positions, model.norm.kind
+    return model.objective, frozenset(layers), frozenset(residuals), penalties, model.positions, model.norm.type
 
 
 def test_every_architecture_has_a_tiny_twin():

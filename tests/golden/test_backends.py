@@ -9,6 +9,7 @@ from torch import Tensor
 
 from transect.models.activations import ACTIVATIONS
 from transect.models.memory.backends import gather, grouped_mm, masked, reference, tiles
+from transect.models.memory.backends import tables as tables_of
 from transect.models.memory.backends.slopes import backward_of
 from transect.models.memory.backends.tables import Tables
 from transect.models.memory.choice import Picker
@@ -113,8 +114,7 @@ def test_block_size_one(way, generator):
 @every_way
 def test_many_tiles_and_chunks(way, generator, monkeypatch):
     monkeypatch.setattr(tiles, "TILE_BYTES", 1)  # 64 rows, the least
-    monkeypatch.setattr(masked, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(gather, "CHUNK_BYTES", 1000)
+    monkeypatch.setitem(tables_of.CHUNK_BYTES, "cpu", 1 if way == "masked" else 1000)
     blocks = torch.where(torch.rand(211, 1, generator=generator) < 0.8, 4, 1)
     compare(way, generator, blocks, tables(generator), 1e-10)
 
@@ -180,6 +180,14 @@ def test_takes_broadcast_gradients(way, generator):
     expected = torch.autograd.grad(reference.mix(x, blocks, weights, own).sum(), x)[0]
     found = torch.autograd.grad(WAYS[way](x, blocks, weights, own).sum(), x)[0]
     assert_equal([found], [expected], 1e-5)
+
+
+def test_chunks_fit_the_cache_of_a_cpu_and_are_few_elsewhere():
+    """2048 tokens by 1024 blocks of 8 cells are 64 MiB."""
+    own = Tables(torch.empty(1024, 8, 16), None, torch.empty(1024, 8, 16), None, None, "gelu")
+    x = torch.empty(2048, 16)
+    assert len(masked._chunks(own, x)) == 16
+    assert masked._chunks(own, x.to("meta")) == [slice(0, 1024)]
 
 
 @pytest.mark.parametrize(

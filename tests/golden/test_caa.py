@@ -444,7 +444,7 @@ def test_contexts_are_what_the_table_says(layout, residual):
 
 def test_a_mixture_inside_leaves_the_ffn_outside_whole_and_returns_its_losses():
     mixture = {"kind": "sparse", "blocks": 7, "active_blocks": 1, "block_size": 5, "selector": "switch"}
-    made = model(caa(inner=mixture, direct_path="masked"))
+    made = model(caa(inner=mixture, direct_path="masked")).train()
     layer = made.model.layers[0]
     assert layer.ffn.up.out_features == UNITS and layer.attn.inner.memory.blocks == 7
     output = made(input_ids=ids(), labels=ids())
@@ -508,6 +508,46 @@ def test_contradictions_are_refused_in_one_line(path):
         with pytest.raises(InputError) as refusal:
             settings(block, norm={"layout": "post"})
         assert str(refusal.value).startswith(path + " ") and "\n" not in str(refusal.value)
+
+
+MIXTURE = {"kind": "sparse", "blocks": 8, "block_size": 3, "active_blocks": 4}
+SPLITS = [
+    (
+        MIXTURE | {"selector": {"kind": "top_k", "groups": 4}},
+        0.25,
+        r"ffn\.selector\.groups is 4: must divide the 2 blocks",
+    ),
+    (
+        MIXTURE | {"active_blocks": 2, "selector": {"kind": "gshard", "capacity": None}},
+        0.5,
+        r"ffn\.active_blocks is 1: selector gshard reads two blocks; give 2",
+    ),
+    ({"kind": "dense", "multiple": 1.3}, 0.5, r"ffn\.multiple is 1\.3: times width 11"),
+]
+
+
+@pytest.mark.parametrize(("ffn", "ratio", "said"), SPLITS, ids=["groups", "gshard", "multiple"])
+def test_each_part_of_a_split_must_fit(ffn, ratio, said):
+    with pytest.raises(InputError, match=said) as refusal:
+        settings(caa(outer_ratio=ratio), ffn=ffn)
+    assert "\n" not in str(refusal.value)
+    if ffn["kind"] == "sparse":
+        assert f"attention, block.outer_ratio {ratio})" in str(refusal.value)
+
+
+def test_only_the_parts_of_a_split_must_fit():
+    """GShard reads two blocks: four can be halved."""
+    gshard = MIXTURE | {"selector": {"kind": "gshard", "capacity": None}}
+    made = model(caa(outer_ratio=0.5), ffn=gshard)
+    layer = made.model.layers[0]
+    assert (layer.ffn.active, layer.attn.inner.active) == (2, 2)
+    assert made(ids()).logits.isfinite().all()
+    with pytest.raises(InputError, match=r"ffn\.active_blocks is 4"):
+        settings(caa(outer_ratio=1), ffn=gshard)
+    with pytest.raises(InputError, match=r"block\.inner\.active_blocks is 4"):
+        settings(caa(inner=gshard))
+    with pytest.raises(InputError, match=r"ffn\.active_blocks is 4"):
+        settings(caa(inner={"kind": "dense", "width": 5}), ffn=gshard)
 
 
 def test_forms_that_cannot_are_refused():

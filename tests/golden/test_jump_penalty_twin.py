@@ -352,6 +352,44 @@ def test_raw_embeddings_are_refused_where_a_norm_hides_them():
             Jump.attach(view_of(name), {"first_state": "embedding"})
 
 
+def test_attached_it_takes_the_state_that_every_view_sees():
+    assert Jump.Config().first_state == "embedding"
+    for name, given in (("bert", None), ("bert", {"strength": 0.3}), ("llama", {})):
+        assert Jump.attach(view_of(name), given).penalty.config.first_state == "after_embedding_norm"
+    with pytest.raises(InputError, match="use after_embedding_norm"):
+        Jump.attach(view_of("bert"), Jump.Config())
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_embedding_norm_stands_between_the_two_first_states(saved: bool, generator: torch.Generator):
+    """After the norm the penalty is the probe's displacement; before it, that of the sum of the tables' rows."""
+    shape = {"vocab_size": VOCAB, "width": 20, "layers": LAYERS, "attention": {"heads": 2}, "objective": "masked"}
+    shape |= {"embedding": {"norm": True}, "norm": {"layout": "post"}}
+    ids, found = random_ids((3, 7), generator), {}
+    for state in ("embedding", "after_embedding_norm"):
+        torch.manual_seed(0)
+        penalty = {"kind": "jump", "first_state": state}
+        model = TransectForMaskedLM.make(ModelConfig.parse(shape | {"penalties": [penalty]})).double().train()
+        enliven(model, 0)
+        if saved:
+            model.activation_checkpointing_enable()
+        output = model(ids, labels=ids)
+        found[state] = output.stats["jump.displacement"]
+        assert any(bool(gradient.any()) for gradient in grads_of(model, output.losses["jump"]))
+    model.eval()
+    probe = tx.measure(View(model), [tx.probes.Jump(windows=False)], tx.data.from_tokens(ids.numpy()))
+    probe = probe.where(variant="pre_norm/all", metric="displacement")
+    expected = [value(probe, layer=layer) for layer in range(LAYERS)]
+    assert found["after_embedding_norm"].tolist() == pytest.approx(expected, abs=1e-12)
+    with torch.no_grad():
+        raw = model.model.embeddings.tokens(ids)
+        after = model(ids, output_hidden_states=True).hidden_states[1]
+        first = displacement(raw, after).mean()
+    torch.testing.assert_close(found["embedding"][0], first, rtol=0, atol=1e-12)
+    assert abs(first - expected[0]) > 1e-4
+    assert found["embedding"].tolist()[1:] == pytest.approx(expected[1:], abs=1e-12)
+
+
 def test_settings_of_another_number_of_layers_are_refused():
     with pytest.raises(InputError, match="give one number for each of 2 layers"):
         Jump.attach(view_of("gpt2"), {"weights": [1.0, 2.0, 3.0]})
@@ -363,7 +401,7 @@ def test_settings_of_another_number_of_layers_are_refused():
         ({}, {}),
         ({"share": [0]}, {"weights": "uniform"}),
         ({"norm": {"layout": "post"}, "objective": "masked"}, {"stop_grad": "prev"}),
-        ({"norm": {"kind": "rms"}}, {"final_state": "post_norm"}),
+        ({"norm": {"type": "rms"}}, {"final_state": "post_norm"}),
         ({"residual": {"ffn": 0.3}}, {"hinge": True, "weights": "uniform"}),
     ],
 )

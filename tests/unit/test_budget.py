@@ -233,7 +233,7 @@ def test_cache_is_what_decoding_keeps(name: str):
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # pyright: ignore
     found = budget(model, LENGTH, "float32")
     assert found.cache_bytes == kept / LENGTH
-    assert found.cache_bytes_full == (kept * 5 / LENGTH if name == "window" else kept)
+    assert found.cache_bytes_full == kept
     assert budget(model, LENGTH).cache_bytes == kept / LENGTH / 2
 
 

@@ -197,7 +197,7 @@ def test_yaml_and_json_give_the_same_settings_back(tmp_path: Path):
 
 def test_fingerprints_tell_settings_apart_and_nothing_else():
     whole = parse(**RICH)
-    assert parse(*["layers=4", "norm.kind=layer"], **RICH).fingerprint() == whole.fingerprint()
+    assert parse(*["layers=4", "norm.type=layer"], **RICH).fingerprint() == whole.fingerprint()
     assert ModelConfig.parse(dict(reversed(whole.plain().items()))).fingerprint() == whole.fingerprint()
     assert parse().fingerprint() == parse("ffn=dense").fingerprint() == parse("ffn={kind: dense}").fingerprint()
     others = ["width=32", "norm.eps=1e-11", "penalties=[]", "block.outer_ratio=0.5", "init.std=0.03"]
@@ -258,7 +258,9 @@ def test_shared_weights_follow_the_pattern(share: list[int] | None, modules: tup
 def test_an_override_of_shared_layers_counts_the_weights():
     whole = parse(layers=4, share=[0, 1], overrides=[{"layers": [1], "set": {"dropout": 0.5}}])
     assert [layer.dropout for layer in whole.layer_configs] == [0, 0.5]
-    with pytest.raises(InputError, match=r"overrides\.0\.layers is 2: this layer does not exist; layers are 0 to 1"):
+    with pytest.raises(
+        InputError, match=r"overrides\.0\.layers is 2: this set of weights does not exist; sets are 0 to 1"
+    ):
         parse(layers=4, share=[0, 1], overrides=[{"layers": [2], "set": {}}])
 
 
@@ -295,3 +297,18 @@ def test_paths_lead_through_nested_settings():
         with pytest.raises(InputError) as refused:
             Outer.parse(given, "run")
         assert str(refused.value).startswith(line), refused.value
+
+
+def test_the_short_form_of_a_plug_in_keeps_its_kind_when_options_are_added():
+    assert merged({"selector": "switch"}, {"selector": {"balance": 0}}) == {
+        "selector": {"kind": "switch", "balance": 0}
+    }
+    assert with_settings({"selector": "switch"}, ["selector.balance=0"]) == {
+        "selector": {"kind": "switch", "balance": 0}
+    }
+
+
+def test_another_kind_leaves_the_old_options_behind():
+    base = {"ffn": {"kind": "dense", "multiple": 32}}
+    assert with_settings(base, ["ffn.kind=sparse"]) == merged(base, {"ffn": "sparse"}) == {"ffn": {"kind": "sparse"}}
+    assert with_settings(base, ["ffn.kind=dense"]) == base

@@ -87,15 +87,15 @@ BASE = {
     "width": HIDDEN,
     "layers": 3,
     "positions": "rotary",
-    "norm": {"kind": "rms"},
+    "norm": {"type": "rms"},
     "attention": {"heads": 4, "bias": False},
     "ffn": {"kind": "dense", "gated": True, "activation": "silu", "width": 53, "bias": False},
     "head": {"tied": False},
 }
 MIXTURE = {"kind": "sparse", "blocks": 5, "block_size": 23, "active_blocks": 2, "gated": True, "activation": "silu"}
 NO_CLASS: dict[str, tuple[dict, tuple[str, ...]]] = {
-    "norm": ({"norm": {"kind": "rms", "layout": "branch"}}, ("norm.layout is 'branch'", "pre")),
-    "kind of norm": ({"norm": {"kind": "layer"}}, ("norm.kind is 'layer'", "rms")),
+    "norm": ({"norm": {"type": "rms", "layout": "branch"}}, ("norm.layout is 'branch'", "pre")),
+    "kind of norm": ({"norm": {"type": "layer"}}, ("norm.type is 'layer'", "rms")),
     "no positions": ({"positions": "none"}, ("positions is 'none'",)),
     "some rotation": ({"rotary": {"fraction": 0.4}}, ("rotary.fraction (layer 0) is 0.4", "1.0")),
     "ungated": ({"ffn": {"kind": "dense", "width": 53, "bias": False}}, ("ffn.gated",)),
@@ -157,7 +157,7 @@ def test_export_refuses_by_family_and_class() -> None:
 
 CHANGES: dict[str, list] = {
     "positions": ["rotary", "learned"],
-    "norm.kind": ["rms", "layer"],
+    "norm.type": ["rms", "layer"],
     "norm.layout": ["pre", "sandwich"],
     "norm.eps": [1e-5, 1e-3],
     "attention.bias": [False, True],
@@ -173,7 +173,7 @@ CHANGES: dict[str, list] = {
     "head.tied": [True, False],
     "head.bias": [False, True],
 }
-_PLAIN = {"norm": {"kind": "layer"}, "positions": "learned", "ffn": {"kind": "dense", "width": 53}}
+_PLAIN = {"norm": {"type": "layer"}, "positions": "learned", "ffn": {"kind": "dense", "width": 53}}
 STARTS = (
     BASE,
     BASE | {"attention": {"heads": 4, "out_bias": False}},

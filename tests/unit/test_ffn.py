@@ -1,6 +1,8 @@
 """Dense and sparse FFNs: settings, parts, losses, FLOPs; how a back end is chosen and measured."""
 
 import json
+import os
+import re
 
 import pytest
 import torch
@@ -11,10 +13,28 @@ from transect.models.config import ModelConfig
 from transect.models.ffn.base import build
 from transect.models.ffn.sparse import Sparse
 from transect.models.memory import choice, tune
-from transect.models.memory.choice import Case, Measured, Picker, choose, find_table, lines
+from transect.models.memory.choice import Case, Measured, Picker, choose, find_table, lines, read_table
 from transect.models.memory.memory import Memory
 
 MEMORY = {"kind": "sparse", "expansion": 4, "block_size": 8, "active_blocks": 5}
+
+
+LOOKING_AHEAD = """
+from transect.models.selectors.avg_k import AvgK
+from transect.models.selectors.base import Selector, SelectorConfig
+
+class Silent(Selector):
+    class Config(SelectorConfig):
+        kind: str
+    causal_safe = False
+    def forward(self, x, memory, token_ids=None, real=None): ...
+    def flops(self): return 0.0
+
+class Scored(AvgK):
+    class Config(AvgK.Config):
+        kind: str
+    causal_safe = False
+"""
 
 
 def model(ffn, width: int = 12, **settings) -> ModelConfig:
@@ -110,6 +130,22 @@ class TestSizes:
     )
     def test_what_does_not_fit_is_one_line(self, changes, start):
         assert refusal(MEMORY | changes).startswith(start)
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("Silent", r"ffn\.selector\.kind is '[^']*:Silent': looks at later tokens and has no option accept_leak"),
+            ("Scored", r"ffn\.selector\.accept_leak is False: selector [^ ]*:Scored looks at later tokens"),
+        ],
+    )
+    def test_a_selector_from_outside_that_looks_ahead_needs_consent(self, name, said, tmp_path, monkeypatch):
+        (tmp_path / "looking_ahead.py").write_text(LOOKING_AHEAD)
+        monkeypatch.syspath_prepend(tmp_path)
+        ffn = MEMORY | {"selector": {"kind": f"looking_ahead:{name}"}}
+        assert re.match(said, refusal(ffn))
+        model(ffn, objective="masked")
+        if name == "Scored":
+            model(MEMORY | {"selector": {"kind": "looking_ahead:Scored", "accept_leak": True}})
 
     def test_default_block_size_must_be_whole(self):
         assert "give block_size" in refusal({"kind": "sparse"}, width=10)
@@ -280,6 +316,12 @@ class TestChoice:
             ({"block_size": 1, "blocks": 4096}, "gather"),
             ({}, "grouped"),
             ({"device": "cuda", "block_size": 16}, "masked"),
+            ({"device": "cuda", "block_size": 64}, "grouped"),
+            ({"device": "cuda", "block_size": 16, "blocks": 256, "dtype": "bfloat16"}, "grouped"),
+            ({"device": "cuda", "block_size": 64, "blocks": 1024, "active": 64}, "masked"),
+            ({"device": "cuda", "block_size": 64, "blocks": 1024, "active": 64, "dtype": "bfloat16"}, "grouped"),
+            ({"device": "cuda", "block_size": 1, "blocks": 1024}, "masked"),
+            ({"device": "cuda", "block_size": 1, "blocks": 4096}, "gather"),
         ],
     )
     def test_rules(self, changes, backend):
@@ -324,11 +366,35 @@ class TestChoice:
         path = tmp_path / "table.json"
         path.write_text(text)
         with pytest.raises(InputError, match=r"is no table of back ends: .*; write one with `transect tune`"):
-            find_table(path)
+            read_table(path)
 
-    def test_a_missing_table_is_named(self):
-        with pytest.raises(InputError, match=r"nowhere\.json is no table"):
-            sparse(backend_table="nowhere.json")
+    def test_a_broken_table_of_the_user_is_met_when_it_is_needed(self, tmp_path, monkeypatch):
+        own = tmp_path / "own.json"
+        own.write_text("{}")
+        monkeypatch.setattr(choice, "user_path", lambda: own)
+        forced, free, x = sparse(backend="reference"), sparse(), torch.zeros(1, 7, 12)
+        assert forced(x, None, None).hidden.shape == x.shape
+        with pytest.raises(InputError, match=r"own\.json is no table of back ends: 'rows'; write one with") as caught:
+            free(x, None, None)
+        assert "\n" not in str(caught.value)
+        own.unlink()
+        assert free(x, None, None).hidden.shape == x.shape
+
+    def test_a_table_is_read_once_for_all_layers_and_again_when_it_changed(self, tmp_path, monkeypatch):
+        own = tmp_path / "own.json"
+        tune.tune(own, TestTune.CASES, repeats=1)
+        monkeypatch.setattr(choice, "user_path", lambda: own)
+        table, reads, plain = read_table(own), [], json.loads
+        monkeypatch.setattr(choice.json, "loads", lambda text: reads.append(1) or plain(text))
+        for ffn in (sparse(), sparse()):
+            ffn(torch.zeros(1, 7, 12), None, None)
+        assert not reads and read_table(own) is table
+        own.write_text(own.read_text() + "\n")
+        os.utime(own, ns=(1, 1))
+        assert read_table(own) == table and len(reads) == 1
+
+    def test_no_path_of_this_machine_is_among_the_settings(self):
+        assert "ffn.backend_table is not a setting" in refusal(MEMORY | {"backend_table": "table.json"})
 
 
 class TestTune:
@@ -337,12 +403,21 @@ class TestTune:
     def test_writes_what_is_read_back(self, tmp_path):
         told = []
         path = tune.tune(tmp_path / "deep" / "table.json", self.CASES, lambda *given: told.append(given), repeats=1)
-        table = find_table(path)
+        table = read_table(path)
         assert [row.case for row in table] == list(self.CASES)
         assert set(table[1].seconds) <= {"reference", "gather"}
         assert [given[:2] for given in told] == [(1, 2), (2, 2)]
-        assert "1 threads" in json.loads(path.read_text())["machine"]
-        assert sparse(backend="auto", backend_table=str(path)).memory.picker.table == table
+        assert "1 threads" in json.loads(path.read_text())["float32 on cpu"]["machine"]
+
+    def test_rows_of_other_devices_and_dtypes_stay(self, tmp_path):
+        path, halves = tmp_path / "table.json", case(dtype="bfloat16", tokens=4, blocks=3, active=2, width=5)
+        path.write_text("no table")
+        tune.tune(path, [halves], repeats=1)
+        tune.tune(path, self.CASES, repeats=1)
+        assert [row.case for row in read_table(path)] == [halves, *self.CASES]
+        assert set(json.loads(path.read_text())) == {"bfloat16 on cpu", "float32 on cpu", "rows"}
+        tune.tune(path, self.CASES[:1], repeats=1)
+        assert [row.case for row in read_table(path)] == [halves, self.CASES[0]]
 
     def test_the_users_own_table_is_preferred(self, tmp_path, monkeypatch):
         own = tmp_path / "own.json"
@@ -351,6 +426,12 @@ class TestTune:
         shipped = find_table()
         assert tune.tune(cases=self.CASES[:1], repeats=1) == own
         assert [row.case for row in find_table()] == [self.CASES[0]] != [row.case for row in shipped]
+
+    def test_shipped_rows_stand_in_for_what_the_user_did_not_measure(self, tmp_path, monkeypatch):
+        shipped, own, halves = find_table(), tmp_path / "own.json", case(dtype="bfloat16", tokens=4, width=5)
+        tune.tune(own, [halves], repeats=1)
+        monkeypatch.setattr(choice, "user_path", lambda: own)
+        assert [row.case for row in find_table()] == [halves, *(row.case for row in shipped)]
 
     def test_typical_cases_are_distinct_and_fit(self):
         cases = list(tune.typical_cases())

@@ -39,7 +39,7 @@ NATIVE = {
     "width": 24,
     "layers": 3,
     "attention": {"heads": 4, "bias": False},
-    "norm": {"kind": "rms"},
+    "norm": {"type": "rms"},
     "ffn": {"width": 37, "gated": True, "bias": False, "activation": "silu"},
 }
 KINDS = {

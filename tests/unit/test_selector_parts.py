@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from copies import Copies
 from transect import registry
 from transect.errors import InputError
 from transect.models.memory.memory import Memory
 from transect.models.plug import Unfit
 from transect.models.selectors._balance import load_statistics, statistics
 from transect.models.selectors._capacity import within_capacity
-from transect.models.selectors._product_keys import best_pairs, grid, log_partition, pair_odds
+from transect.models.selectors._product_keys import _staircase, best_pairs, grid, log_partition, pair_odds
 from transect.models.selectors._top import best
 from transect.models.selectors.base import Selection, Selector, Shape
 
@@ -210,6 +211,47 @@ def test_routers_stay_in_float32_under_autocast_and_in_bfloat16(kind: str) -> No
     assert torch.equal(found.scores, wanted.scores)
     half = rule.bfloat16()(x.bfloat16(), memory.bfloat16())
     assert half.scores.dtype == half.weights.dtype == torch.float32
+
+
+FROM_KEYS = [
+    ("avg_k", {}),
+    ("avg_k", {"normalise_keys": True, "score_bias": True}),
+    ("avg_k", {"block_score": "max_norm_key"}),
+    ("avg_k", {"block_score": "random_key"}),
+    ("lorkm", {"balance": 0.1}),
+    ("pkm", {"balance": 0.1}),
+    ("pkm_ffn", {"balance": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), FROM_KEYS, ids=str)
+def test_scores_of_keys_have_as_many_digits_as_those_of_routers(kind: str, options: dict) -> None:
+    """Close scores, as keys of a fresh model give them: bfloat16 would make many of them equal."""
+    size = SIZE if kind == "avg_k" else 1
+    rule = made(kind, Shape(64, 503, size, 11, VOCAB, 0), **options).eval()
+    memory = Memory(64, 503, size, bias=True)
+    torch.nn.init.normal_(memory.key_bias)
+    x = noise(101, 64)
+    wanted = rule(x, memory)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rule(x, memory)
+    assert torch.equal(found.blocks, wanted.blocks)
+    assert found.losses == wanted.losses
+    if wanted.scores is not None:
+        assert torch.equal(found.scores, wanted.scores)
+    half = rule.bfloat16()(x.bfloat16(), memory.bfloat16())
+    assert half.scores is None or half.scores.dtype == torch.float32
+    assert half.coefficients is None or half.coefficients.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("first", "second", "count"), [(1, 1, 1), (3, 5, 4), (5, 3, 15), (16, 16, 65), (7, 2, 9)])
+def test_the_staircase_of_pairs_is_made_where_it_is_used(first: int, second: int, count: int) -> None:
+    i, j = _staircase(first, second, count, torch.device("cpu"))
+    pairs = [(i, j) for i in range(first) for j in range(second) if (i + 1) * (j + 1) <= count]
+    assert list(zip(i.tolist(), j.tolist(), strict=True)) == pairs
+    with Copies() as seen:
+        _staircase(first, second, count, torch.device("meta"))
+    assert not seen.copies
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def ids(rows: int = 2, length: int = 13, seed: int = 0) -> torch.Tensor:
 
 
 CHANGES = {
-    "norm kind": {"norm": {"kind": "rms"}},
+    "norm kind": {"norm": {"type": "rms"}},
     "norm eps": {"norm": {"eps": 0.1}},
     "norm layout": {"norm": {"layout": "post"}},
     "learned positions": {"positions": "learned"},
@@ -271,3 +271,73 @@ def test_what_cannot_be_is_refused_in_one_line():
         whole(input_ids=ids(1, 4), attention_mask=torch.ones(1, 3))
     with pytest.raises(InputError, match="objective is 'causal': a TransectForMaskedLM needs 'masked'"):
         TransectForMaskedLM.make(settings())
+
+
+def test_only_the_training_loss_has_penalties_and_balance():
+    sparse = {"kind": "sparse", "block_size": 20, "expansion": 2, "selector": "switch"}
+    whole = model(ffn=sparse, penalties=[{"kind": "jump", "schedule": "warmup", "schedule_steps": 4}])
+    out = whole(input_ids=ids(), labels=ids())
+    assert torch.equal(out.loss, out.losses["main"])
+    out = whole.train()(input_ids=ids(), labels=ids(), step=2)
+    assert set(out.losses) == {"main", "balance", "jump"}
+    torch.testing.assert_close(out.loss, sum(out.losses.values()))
+
+
+def test_a_bfloat16_model_has_a_float32_loss():
+    whole = model(dtype=torch.bfloat16)
+    out = whole(input_ids=ids(), labels=ids())
+    assert out.loss.dtype == torch.float32
+    wide = out.logits[:, :-1].float().flatten(0, 1)
+    assert torch.equal(out.loss, torch.nn.functional.cross_entropy(wide, ids()[:, 1:].flatten()))
+
+
+def test_no_document_predicts_the_next_one_and_each_has_its_own_positions():
+    whole = model()
+    given, documents = ids(1, 9), torch.tensor([[0] * 4 + [5] * 5])
+    packed = whole(input_ids=given, labels=given, document_ids=documents)
+    positions = torch.tensor([[*range(4), *range(5)]])
+    logp = whole(input_ids=given, document_ids=documents, position_ids=positions).logits[:, :-1].log_softmax(-1)
+    each = -logp.gather(-1, given[:, 1:, None])[0, :, 0]
+    torch.testing.assert_close(packed.loss, torch.cat([each[:3], each[4:]]).mean())
+
+
+def test_learned_positions_are_counted_where_they_are_used():
+    whole = model(positions="learned")
+    padded = torch.nn.functional.pad(ids(1, POSITIONS), (4, 0))
+    mask = torch.nn.functional.pad(torch.ones(1, POSITIONS), (4, 0))
+    fits = whole(input_ids=padded, attention_mask=mask).logits[:, 4:]
+    torch.testing.assert_close(fits, whole(input_ids=ids(1, POSITIONS)).logits, atol=1e-10, rtol=1e-10)
+    with pytest.raises(InputError, match="32 positions do not fit"):
+        whole(input_ids=ids(1, 3), position_ids=torch.tensor([[0, 1, 31]]))
+    with pytest.raises(InputError, match="32 positions do not fit"):
+        whole.generate(ids(1, 29), max_new_tokens=9, do_sample=False, pad_token_id=0)
+
+
+def test_a_classifier_without_a_mask_looks_for_the_padding():
+    causal = model(TransectForSequenceClassification, pad_token_id=0)
+    given = ids(3, 7)
+    padded = torch.nn.functional.pad(given, (0, 3), value=0)
+    torch.testing.assert_close(causal(input_ids=padded).logits, causal(input_ids=given).logits, atol=1e-10, rtol=1e-10)
+
+
+def test_the_vocabulary_can_grow_unless_a_selector_has_a_table_of_it():
+    whole = model(dtype=torch.float32)
+    before = whole(input_ids=ids()).logits
+    whole.resize_token_embeddings(VOCAB + 6, mean_resizing=False)
+    after = whole(input_ids=ids()).logits
+    assert whole.settings.vocab_size == whole.config.vocab_size == after.shape[-1] == VOCAB + 6
+    torch.testing.assert_close(after[..., :VOCAB], before)
+    hashed = model(ffn={"kind": "sparse", "block_size": 20, "expansion": 2, "selector": "rand_hash"})
+    with pytest.raises(InputError, match=r"selector is a table of 97 tokens; it cannot be resized"):
+        hashed.resize_token_embeddings(VOCAB + 6, mean_resizing=False)
+
+
+def test_arguments_that_contradict_each_other_are_refused():
+    with pytest.raises(InputError, match="logits_to_keep goes without labels"):
+        model()(input_ids=ids(), labels=ids(), logits_to_keep=1)
+    with pytest.raises(InputError, match="a masked model has no cache"):
+        model(TransectForMaskedLM, objective="masked").model(input_ids=ids(), use_cache=True)
+
+
+def test_states_are_kept_only_when_asked_for():
+    assert model().model(input_ids=ids()).hidden_states is None

@@ -44,7 +44,8 @@ class Budget:
     """The cost of one token among `context`, in numbers of type `dtype`; see `budget` for what is counted.
 
     cache_numbers: keys and values that decoding keeps for one more position, over all layers; cache_full: those of a
-    full context, where layers with a window keep no more than the window. Both None for a masked model.
+    full context; a window hides positions and frees none, for transformers' cache keeps them all. Both None for a
+    masked model.
     """
 
     parts: tuple[Part, ...]
@@ -80,7 +81,7 @@ class Budget:
 
     @property
     def cache_bytes(self) -> int | None:
-        """Bytes that decoding keeps for each position, of layers without a window."""
+        """Bytes that decoding keeps for each position."""
         return None if self.cache_numbers is None else BYTES[self.dtype] * self.cache_numbers
 
     @property
@@ -135,8 +136,8 @@ def budget(
         met = context if keys == "all" else keys_seen(context, config.attention.window, settings.causal)
         tally.use(layer, "layer", met)
     tally.use(built, "layer", 0.0, skip=built.trunk.layers)
-    cache = _cache(layers, context) if settings.causal else (None, None)
-    return Budget(tally.parts(), context, dtype, *cache)
+    cache = _cache(layers) if settings.causal else None
+    return Budget(tally.parts(), context, dtype, cache, None if cache is None else cache * context)
 
 
 def keys_seen(context: int, window: int | None, causal: bool) -> float:
@@ -257,14 +258,7 @@ def _part(name: str, module: nn.Module, above: str) -> str:
     return {"embeddings": "embedding", "head": "head"}.get(name, above)
 
 
-def _cache(layers: list[tuple[nn.Module, LayerConfig]], context: int) -> tuple[int, int]:
-    """Numbers kept for each position, and for a full context."""
-    each = full = 0
-    for layer, config in layers:
-        window = config.attention.window
-        for module in layer.modules():
-            if isinstance(module, Attention):
-                numbers = module.k.out_features + module.v.out_features
-                each += numbers
-                full += numbers * (context if window is None else min(context, window))
-    return each, full
+def _cache(layers: list[tuple[nn.Module, LayerConfig]]) -> int:
+    """Numbers kept for each position."""
+    attentions = [module for layer, _ in layers for module in layer.modules() if isinstance(module, Attention)]
+    return sum(module.k.out_features + module.v.out_features for module in attentions)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
-from transect.config import Config, misfit
+from transect.config import Config, inner_misfit, misfit
 from transect.models.plug import PlugConfig, Unfit, chooser
 
 Size = Annotated[int, Field(ge=1)]
@@ -26,7 +26,7 @@ class NormConfig(Config):
     """
 
     layout: Literal["pre", "post", "sandwich", "branch", "none"] = "pre"
-    kind: Literal["layer", "rms"] = "layer"
+    type: Literal["layer", "rms"] = "layer"
     eps: Annotated[float, Field(gt=0)] = 1e-5
     bias: bool = True
 
@@ -168,7 +168,10 @@ class LayerConfig(Config):
 
 
 class Override(Config):
-    """Settings of some layers: a list of 0-based layers, or a slice such as `1::2` (every second, from layer 1)."""
+    """Settings of some layers: a list of 0-based layers, or a slice such as `1::2` (every second, from layer 1).
+
+    Where layers share weights, a layer here is a set of weights, numbered as in `share`.
+    """
 
     layers: list[int] | str
     set: dict[str, Any]
@@ -250,12 +253,14 @@ class ModelConfig(LayerConfig):
         for place, override in enumerate(self.overrides):
             wrong = [index for index in override.indices(count) if not 0 <= index < count]
             if wrong:
-                allowed = f"layers are 0 to {count - 1}"
-                raise misfit(f"overrides.{place}.layers", wrong[0], f"this layer does not exist; {allowed}")
+                one, all_ = ("set of weights", "sets") if self.share else ("layer", "layers")
+                why = f"this {one} does not exist; {all_} are 0 to {count - 1}"
+                raise misfit(f"overrides.{place}.layers", wrong[0], why)
             unknown = [name for name in override.set if name not in LayerConfig.model_fields]
             if unknown:
                 known = ", ".join(LayerConfig.model_fields)
                 raise misfit(f"overrides.{place}.set.{unknown[0]}", override.set[unknown[0]], f"a layer has {known}")
+            self._check_override(place, override)
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise misfit("pad_token_id", self.pad_token_id, f"the vocabulary has ids 0 to {self.vocab_size - 1}")
         for index, layer in enumerate(self.layer_configs):
@@ -265,6 +270,15 @@ class ModelConfig(LayerConfig):
                 changed = bool(self.overrides) and any(index in o.indices(count) for o in self.overrides)
                 raise misfit(error.where, error.given, error.why + (f" (layer {index})" if changed else "")) from error
         return self
+
+    def _check_override(self, place: int, override: Override) -> None:
+        base = {name: value for name, value in self.plain().items() if name in LayerConfig.model_fields}
+        for before in self.overrides[:place]:
+            base = merged(base, before.set)
+        try:
+            LayerConfig.model_validate(merged(base, override.set))
+        except ValidationError as error:
+            raise inner_misfit(LayerConfig, error, f"overrides.{place}.set") from error
 
     def _check_penalties(self) -> None:
         for place, penalty in enumerate(self.penalties):
@@ -301,7 +315,8 @@ class ModelConfig(LayerConfig):
                 "rotary.fraction", layer.rotary.fraction, f"of head width {head_width} must be an even whole number"
             )
         layer.block.check(layer, self, "block")
-        layer.ffn.check(layer, self, "ffn")
+        if not layer.block.checks_ffn:
+            layer.ffn.check(layer, self, "ffn")
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -311,6 +326,8 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         old = result.get(name)
         if isinstance(old, Mapping) and isinstance(new, str) and "kind" in old:
             new = {"kind": new}
+        if isinstance(old, str) and isinstance(new, Mapping) and "kind" not in new:  # the short form of a plug-in
+            old = {"kind": old}
         if (
             isinstance(old, Mapping)
             and isinstance(new, Mapping)

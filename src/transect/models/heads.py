@@ -22,7 +22,11 @@ IGNORED = -100
 
 @dataclass
 class HeadOutput(ModelOutput):
-    """loss = losses["main"] + every other loss, where labels were given; logits; and what the trunk returns."""
+    """The loss, where labels were given; logits; and what the trunk returns.
+
+    loss: in training losses["main"] plus every other one, else the main one alone, so that evaluation compares models
+    by what they predict. Losses are float32 or better.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -32,19 +36,37 @@ class HeadOutput(ModelOutput):
     stats: Numbers | None = None
 
 
-def output_of(trunk: TrunkOutput, logits: Tensor, main: Tensor | None) -> HeadOutput:
+def output_of(trunk: TrunkOutput, logits: Tensor, main: Tensor | None, training: bool) -> HeadOutput:
     """The head's output, with the losses summed where there is a main one."""
     losses = dict(trunk.losses or {})
+    loss = main
     if main is not None:
         losses = {"main": main, **losses}
+        if training:
+            loss = torch.stack([one.to(main.dtype) for one in losses.values()]).sum()
     return HeadOutput(
-        loss=None if main is None else torch.stack([loss.to(main.dtype) for loss in losses.values()]).sum(),
+        loss=loss,
         logits=logits,
         past_key_values=trunk.past_key_values,
         hidden_states=trunk.hidden_states,
         losses=losses,
         stats=trunk.stats,
     )
+
+
+def within_documents(labels: Tensor, documents: Tensor | None) -> Tensor:
+    """Labels of next tokens without those that begin another document."""
+    if documents is None:
+        return labels
+    begins = torch.zeros_like(labels, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return labels.masked_fill(begins, IGNORED)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labels that count, in nats, float32 or better; not-a-number where none counts."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.flatten(0, -2).to(wide), labels.flatten(), ignore_index=IGNORED)
 
 
 class VocabularyHead(nn.Module):
@@ -116,9 +138,14 @@ class TransectForCausalLM(_ForTokens, GenerationMixin):
     ) -> HeadOutput | tuple:
         """labels [batch, positions] are the ids themselves, moved by one here; -100 is not counted.
 
-        main loss: mean cross-entropy in nats over the counted positions. logits_to_keep: the last so many positions.
-        step: the training step, which penalties with a schedule need.
+        main loss: mean cross-entropy in nats over the counted positions; with document_ids no document predicts the
+        next one. logits_to_keep: the last so many positions, without labels. step: the training step, which penalties
+        with a schedule need.
         """
+        if labels is not None:
+            if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+                raise InputError("logits_to_keep goes without labels: the loss needs the logits of every position")
+            labels = within_documents(labels, document_ids)
         trunk = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -140,8 +167,8 @@ class TransectForCausalLM(_ForTokens, GenerationMixin):
         logits = self.head(hidden)
         main = None
         if labels is not None:
-            main = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
-        output = output_of(trunk, logits, main)
+            main = cross_entropy(logits[:, :-1], labels[:, 1:])
+        output = output_of(trunk, logits, main, self.training)
         return output if return_dict is not False else output.to_tuple()
 
 
@@ -179,8 +206,8 @@ class TransectForMaskedLM(_ForTokens):
         logits = self.head(trunk.last_hidden_state)
         main = None
         if labels is not None:
-            main = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-        output = output_of(trunk, logits, main)
+            main = cross_entropy(logits, labels)
+        output = output_of(trunk, logits, main, self.training)
         return output if return_dict is not False else output.to_tuple()
 
 
@@ -224,7 +251,10 @@ class TransectForSequenceClassification(TransectPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> HeadOutput | tuple:
-        """labels [batch]: classes, or numbers where there is one label (mean squared error)."""
+        """labels [batch]: classes, or numbers where there is one label (mean squared error).
+
+        A causal model reads the last real token: by the mask or, without one, the last that is not `pad_token_id`.
+        """
         trunk = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -233,13 +263,17 @@ class TransectForSequenceClassification(TransectPreTrainedModel):
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
         )
+        pad = self.config.pad_token_id
+        if attention_mask is None and input_ids is not None and pad is not None:
+            attention_mask = input_ids != pad
         logits = self.classifier(self.dropout(self.pooler(trunk.last_hidden_state, attention_mask)))
         main = None
         if labels is not None and self.config.num_labels == 1:
-            main = F.mse_loss(logits[:, 0], labels.to(logits.dtype))
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            main = F.mse_loss(logits[:, 0].to(wide), labels.to(wide))
         elif labels is not None:
-            main = F.cross_entropy(logits, labels)
-        output = output_of(trunk, logits, main)
+            main = cross_entropy(logits, labels)
+        output = output_of(trunk, logits, main, self.training)
         return output if return_dict is not False else output.to_tuple()
 
 
@@ -269,6 +303,6 @@ class TransectForMultipleChoice(TransectPreTrainedModel):
         trunk = self.model(input_ids=input_ids.flatten(0, 1), attention_mask=mask, token_type_ids=types)
         scores = self.classifier(self.dropout(self.pooler(trunk.last_hidden_state, mask)))
         logits = scores.reshape(batch, choices)
-        main = None if labels is None else F.cross_entropy(logits, labels)
-        output = output_of(trunk, logits, main)
+        main = None if labels is None else cross_entropy(logits, labels)
+        output = output_of(trunk, logits, main, self.training)
         return output if return_dict is not False else output.to_tuple()

@@ -13,6 +13,6 @@ FINAL = ("pre", "sandwich", "branch")
 
 def norm(config: "NormConfig", width: int) -> nn.Module:
     """LayerNorm or RMSNorm over the last `width` numbers; PyTorch computes both in float32 or better."""
-    if config.kind == "rms":
+    if config.type == "rms":
         return nn.RMSNorm(width, eps=config.eps)
     return nn.LayerNorm(width, eps=config.eps, bias=config.bias)

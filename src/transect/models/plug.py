@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ValidationError
 
@@ -26,6 +26,8 @@ class PlugConfig(Config):
     """The options of one plug-in; `kind` is its name, or `package.module:Class` for one from outside."""
 
     kind: str
+    checks_ffn: ClassVar[bool] = False
+    """Of a block: whether `check` sees to the layer's `ffn` itself, as it builds something else from it."""
 
     def check(self, layer: "LayerConfig", model: "ModelConfig", where: str) -> None:
         """Raise Unfit where these settings do not go with those of the layer and the model; `where` is their path."""

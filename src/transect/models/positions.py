@@ -14,10 +14,12 @@ def rotary_angles(config: "RotaryConfig", head_width: int, positions: Tensor, li
     """cos and sin of position * frequency, [batch or 1, 1, positions, n], for the n coordinates that turn.
 
     Frequencies theta^(-2i/n), or those of the context extension in `scaling`, as transformers computes them. Angles are
-    float64 where the device has it, so that far positions keep their digits; the result has the dtype of `like`.
+    float64 where the device has it, so that far positions keep their digits, and frequencies are made there too; the
+    result has the dtype of `like`.
     """
     wide = torch.float32 if positions.device.type == "mps" else torch.float64
-    frequencies, factor = _frequencies(config, head_width)
+    device = positions.device if wide == torch.float64 else torch.device("cpu")
+    frequencies, factor = _frequencies(config, head_width, device)
     angles = positions[:, None, :, None].to(wide) * frequencies.to(positions.device, wide)
     angles = torch.cat([angles, angles], dim=-1)
     return (angles.cos() * factor).to(like.dtype), (angles.sin() * factor).to(like.dtype)
@@ -34,10 +36,10 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
-def _frequencies(config: "RotaryConfig", head_width: int) -> tuple[Tensor, float]:
+def _frequencies(config: "RotaryConfig", head_width: int, device: torch.device) -> tuple[Tensor, float]:
     count = int(config.fraction * head_width)
     if config.scaling is None:
-        return config.theta ** -(torch.arange(0, count, 2, dtype=torch.float64) / count), 1.0
+        return config.theta ** -(torch.arange(0, count, 2, dtype=torch.float64, device=device) / count), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = {"rope_theta": config.theta, "partial_rotary_factor": config.fraction, **config.scaling}
@@ -49,5 +51,6 @@ def _frequencies(config: "RotaryConfig", head_width: int) -> tuple[Tensor, float
         standardize_rope_params=lambda: None,
         max_position_embeddings=parameters.get("original_max_position_embeddings"),
     )
-    frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](known, torch.device("cpu"))
+    with device:  # what it makes without saying where
+        frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](known, device)
     return frequencies, factor

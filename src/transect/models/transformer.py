@@ -1,10 +1,12 @@
 """The reference Transformer: embeddings, a stack of layers that may all differ, a final norm; a Hugging Face model."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,12 @@ from transect.models.selectors.base import Selector
 from transect.models.stub import write_stub
 
 Numbers = dict[str, Tensor]
+
+
+@lru_cache(maxsize=64)
+def _parsed(architecture: str) -> ModelConfig:
+    """Settings, which never change, of their JSON: transformers asks for the names below again and again."""
+    return ModelConfig.parse(json.loads(architecture))
 
 
 class TransectConfig(PreTrainedConfig):
@@ -64,11 +72,15 @@ class TransectConfig(PreTrainedConfig):
         """The settings that describe the model; raises InputError where there are none."""
         if self.architecture is None:
             raise InputError("this configuration has no architecture; make it with TransectConfig(architecture={...})")
-        return ModelConfig.parse(self.architecture)
+        return _parsed(json.dumps(self.architecture))
 
     @property
     def vocab_size(self) -> int:
         return self.settings.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, size: int) -> None:
+        self.architecture = self.settings.but(vocab_size=size).plain()
 
     @property
     def hidden_size(self) -> int:
@@ -117,9 +129,16 @@ class TransectPreTrainedModel(PreTrainedModel):
     config: TransectConfig
 
     @classmethod
-    def make(cls, settings: ModelConfig, **config: Any) -> "TransectPreTrainedModel":
-        """A new model with these settings, drawn from torch's current random state; `config` goes to TransectConfig."""
-        return cls(TransectConfig(architecture=settings.plain(), **config))
+    def make(
+        cls,
+        settings: ModelConfig,
+        num_labels: int = 2,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+    ) -> Self:
+        """A new model with these settings, drawn from torch's current random state."""
+        given: dict[str, Any] = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "num_labels": num_labels}
+        return cls(TransectConfig(architecture=settings.plain(), **given))
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any) -> None:
         """As transformers saves, with a module that only imports ours, so that the folder reloads in any process."""
@@ -186,6 +205,12 @@ class TransectModel(TransectPreTrainedModel):
         return self.embeddings.tokens
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Raises InputError for another number of tokens where a selector has a table of them."""
+        if value.num_embeddings != self.settings.vocab_size:
+            for path, module in self.named_modules():
+                if isinstance(module, Selector) and module.needs_token_ids:
+                    raise InputError(f"{path} is a table of {self.settings.vocab_size} tokens; it cannot be resized")
+            self._settings = self.settings.but(vocab_size=value.num_embeddings)
         self.embeddings.tokens = value
 
     def forward(
@@ -206,13 +231,15 @@ class TransectModel(TransectPreTrainedModel):
         """attention_mask [batch, keys] is 0 at padding, on either side, cached keys included.
 
         Positions count real tokens only, unless position_ids are given. document_ids [batch, positions] number the
-        documents of packed sequences, which then do not see each other. `inputs_embeds` stand in for rows of the token
-        table. The cache is made when `use_cache` asks for it; by default only `generate` does. loss_mask [batch,
-        positions] says which states the main loss is computed from: only where it is given are penalties computed, with
-        the strength of training step `step`.
+        documents of packed sequences, which then do not see each other and have positions of their own. inputs_embeds
+        stand in for rows of the token table. The cache is made when `use_cache` asks for it; by default only `generate`
+        does. loss_mask [batch, positions] says which states the main loss is computed from: only where it is given, and
+        in training, are penalties computed, with the strength of training step `step`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give either input_ids or inputs_embeds")
+        if not self.settings.causal and (use_cache or past_key_values is not None):
+            raise InputError("a masked model has no cache: every position sees later ones")
         embedded = self.embeddings.tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -221,25 +248,29 @@ class TransectModel(TransectPreTrainedModel):
         context = self._context(input_ids, embedded, attention_mask, position_ids, past_key_values, document_ids)
         hidden = self.embeddings(embedded, context.positions, token_type_ids)
         watch = self._watch(loss_mask, step, context, lambda: (embedded, context.positions, token_type_ids))
-        streams: list[Tensor] = []
+        streams: list[Tensor] = [hidden]
         losses: Numbers = {}
         stats: Numbers = {}
         sums: list[tuple[LayerSums, ...]] = []
         for place in range(self.settings.layers):
-            streams.append(hidden)
             made, seen = self._layer(place, hidden, context, watch)
             hidden = made.hidden
+            if output_hidden_states:
+                streams.append(hidden)
             sums.append(seen)
             for name, loss in made.losses.items():
                 losses[name] = losses[name] + loss if name in losses else loss
             stats.update({f"layers.{place}.{name}": number for name, number in made.stats.items()})
-        streams.append(hidden)
+        last = None
         if watch is not None:
             more, numbers = watch.totals(sums)
             losses |= more
             stats |= numbers
+            last = watch.final()
+        if last is None:
+            last = hidden if self.final_norm is None else self.final_norm(hidden)
         output = TrunkOutput(
-            last_hidden_state=hidden if self.final_norm is None else self.final_norm(hidden),
+            last_hidden_state=last,
             past_key_values=past_key_values,
             hidden_states=tuple(streams) if output_hidden_states else None,
             losses=losses,
@@ -264,11 +295,14 @@ class TransectModel(TransectPreTrainedModel):
         self, loss_mask: Tensor | None, step: int | None, context: Context, embedded: Callable[[], tuple]
     ) -> PenaltyPass | None:
         """The penalties of this pass; None where there are none, so that nothing is computed for them."""
-        active = [] if loss_mask is None else [penalty for penalty in self.penalties if penalty.active(step)]
+        if loss_mask is None or not self.training:
+            return None
+        active = [penalty for penalty in self.penalties if penalty.active(step)]
         if not active:
             return None
         counted = [penalty.counted(loss_mask, context.real) for penalty in active]
-        return PenaltyPass(active, counted, step, self.final_norm, lambda: self.embeddings.summed(*embedded()))
+        raw = None if self.embeddings.norm is None else lambda: self.embeddings.summed(*embedded())
+        return PenaltyPass(active, counted, step, self.final_norm, raw)
 
     def _context(
         self,
@@ -289,17 +323,20 @@ class TransectModel(TransectPreTrainedModel):
             )
         if real is not None and bool(real.all()):
             real = None
+        settings, used = self.settings, offset + count
         if position_ids is not None:
             positions = position_ids.to(device)
+        elif documents is not None:
+            positions = _since_start(documents.to(device))
         elif real is not None:
             positions = (real.long().cumsum(1) - 1).clamp_min(0)[:, offset:]
         else:
-            positions = torch.arange(offset, offset + count, device=device)[None]
-        settings = self.settings
-        if settings.positions == "learned" and position_ids is None and offset + count > settings.max_positions:
-            raise InputError(
-                f"{offset + count} positions do not fit: the model has {settings.max_positions} learned ones"
-            )
+            positions = torch.arange(offset, used, device=device)[None]
+        if settings.positions == "learned":
+            if position_ids is not None or documents is not None or real is not None:
+                used = int(positions.max()) + 1 if count else 0
+            if used > settings.max_positions:
+                raise InputError(f"{used} positions do not fit: the model has {settings.max_positions} learned ones")
         return Context(
             token_ids=ids,
             real=None if real is None else real[:, offset:],
@@ -308,3 +345,11 @@ class TransectModel(TransectPreTrainedModel):
             rotary=settings.positions == "rotary",
             cache=cache,
         )
+
+
+def _since_start(documents: Tensor) -> Tensor:
+    """The position of each token in its own document, [batch, positions]."""
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return places - torch.where(starts, places, 0).cummax(1).values

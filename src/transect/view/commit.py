@@ -20,6 +20,7 @@ from transect.results import make_folder
 from transect.view import edits
 from transect.view.discover import no_cache
 from transect.view.load import align
+from transect.view.own import dropped_penalties
 from transect.view.surgery import InexpressibleError, Values, rebuilt, refuse_shared, silenced
 from transect.view.tensors import logits_of
 
@@ -124,11 +125,12 @@ def commit(view: "View", changes: Changes, folder: str | os.PathLike[str]) -> Co
     """Write the edited model and its tokenizer as a new model folder; the view itself stays as it is.
 
     The folder reloads in the view's dtype to logits (without a head: last hidden states) that equal those of the same
-    edit made with `transect.edits`, on seeded random tokens; else nothing is written. A removed `attn` or `ffn` has
-    its last linear map and bias at zero, or the weight of the branch's own output norm at the number that silences it;
-    a removed head the columns that read it, a removed expert its slice of every stacked weight; repeated layers are
-    copies. Raises InputError for changes that do not fit the model, that its architecture cannot express, and for a
-    folder that is not empty or cannot be written to.
+    edit made with `transect.edits`, on seeded random tokens; else nothing is written. A removed `attn` or `ffn` has its
+    last linear map and bias at zero, or the weight of the branch's own output norm at the number that silences it; a
+    removed head the columns that read it, a removed expert its slice of every stacked weight; repeated layers are
+    copies. Another order of layers leaves the penalties of one of our models behind, and the note says so: they were
+    set for the layers that were there. Raises InputError for changes that do not fit the model, that its architecture
+    cannot express, and for a folder that is not empty or cannot be written to.
     Cost: memory for two models, five to ten short forward passes for each removed part.
     """
     target = check_target(folder)
@@ -146,7 +148,7 @@ def commit(view: "View", changes: Changes, folder: str | os.PathLike[str]) -> Co
             for removal in changes.removed:
                 if removal.part != "layer":
                     values = silenced(view, removal.part, removal.layer, removal.index, values)
-            note = _note(view, changes)
+            note = _note(view, changes, order)
             _save(view, order, values, note, partial)
             _compare(view, partial, batches, expected)
         except InexpressibleError as why:
@@ -219,9 +221,11 @@ def _result(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return output[0] if logits is None else logits
 
 
-def _note(view: "View", changes: Changes) -> str:
+def _note(view: "View", changes: Changes, order: tuple[int, ...]) -> str:
     source = view.name if view.revision is None else f"{view.name} ({view.revision})"
-    return "; ".join((f"edited from {source}: {changes.words(view.num_layers)}", *view.notes))
+    lost = dropped_penalties(view.model) if order != tuple(range(view.num_layers)) else []
+    dropped = [f"penalties left behind: {', '.join(lost)}"] if lost else []
+    return "; ".join((f"edited from {source}: {changes.words(view.num_layers)}", *dropped, *view.notes))
 
 
 def _save(view: "View", order: tuple[int, ...], values: Values, note: str, folder: Path) -> None:

@@ -30,7 +30,8 @@ def heads_of(model: PreTrainedModel, place: int) -> int:
 def moved(settings: "ModelConfig", order: Sequence[int]) -> "ModelConfig":
     """The settings of a model whose layer in place p is layer `order[p]` of this one, with weights of its own.
 
-    Raises InputError where overrides cannot say that.
+    They have no penalties: these belong to the training of the layers that were there, whose weights or number they may
+    name. Raises InputError where overrides cannot say that.
     """
     layers = [settings.layer_configs[settings.modules[index]] for index in order]
     plain = [layer.plain() for layer in layers]
@@ -40,21 +41,32 @@ def moved(settings: "ModelConfig", order: Sequence[int]) -> "ModelConfig":
         if layer != base:
             places.setdefault(plain.index(layer), []).append(place)
     overrides = [{"layers": alike, "set": plain[first]} for first, alike in places.items()]
-    result = settings.but(layers=len(order), share=None, overrides=overrides)
+    result = settings.but(layers=len(order), share=None, overrides=overrides, penalties=[])
     if list(result.layer_configs) != layers:
         raise InputError("the settings of its layers cannot be written in that order; leave the layers where they are")
     return result
 
 
+def dropped_penalties(model: PreTrainedModel) -> list[str]:
+    """The penalties that a model loses when its layers move, by name."""
+    settings = settings_of(model)
+    return [] if settings is None else [penalty.kind for penalty in settings.penalties]
+
+
 @contextmanager
 def resettled(model: PreTrainedModel, order: Sequence[int]) -> Iterator[None]:
-    """Let one of our models have the settings of another order of layers; those it had come back after it."""
+    """Let one of our models have the settings of another order of layers; those it had come back after it.
+
+    Its penalties rest, as an edited model is measured, not trained: see `moved`.
+    """
     settings = settings_of(model)
     assert settings is not None
     new, base, config = moved(settings, order), model.base_model, model.config
-    before, base_before = config.architecture, base.__dict__["_settings"]
-    base.__dict__["_settings"], config.architecture = new, new.plain()
+    before, own = config.architecture, {name: base.__dict__[name] for name in ("_settings", "penalties")}
+    base.__dict__.update(_settings=new, penalties=[])
+    config.architecture = new.plain()
     try:
         yield
     finally:
-        base.__dict__["_settings"], config.architecture = base_before, before
+        base.__dict__.update(own)
+        config.architecture = before

@@ -1,6 +1,6 @@
 """CAA and CEA: part of the FFN moves inside attention, where it can only help to combine positions."""
 
-from typing import Annotated, Literal, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 from pydantic import Field
 from torch import Tensor
@@ -46,6 +46,7 @@ class CAA(Block):
         """
 
         kind: str = "caa"
+        checks_ffn: ClassVar[bool] = True
         outer_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
         inner: FFNChoice | None = None
         direct_path: Literal["raw", "masked", "none"] = "raw"
@@ -74,20 +75,32 @@ class CAA(Block):
             return (ffn, None) if self.ratio(model) == 1 else ffn.split(self.ratio(model), model)
 
         def check(self, layer: LayerConfig, model: ModelConfig, where: str) -> None:
-            """Raise Unfit for a split that is not whole and for settings that contradict each other."""
-            layer.ffn.check(layer, model, "ffn")
+            """Raise Unfit for a split that is not whole, for a part that does not fit, and for contradictions."""
+            if self.inner is not None and self.outer_ratio is not None:
+                why = f"{where}.inner is given too, and then the whole ffn stays outside; give one of them"
+                raise Unfit(f"{where}.outer_ratio", self.outer_ratio, why)
             if self.inner is not None:
-                if self.outer_ratio is not None:
-                    why = f"{where}.inner is given too, and then the whole ffn stays outside; give one of them"
-                    raise Unfit(f"{where}.outer_ratio", self.outer_ratio, why)
+                layer.ffn.check(layer, model, "ffn")
                 self.inner.check(layer, model, f"{where}.inner")
             else:
-                try:
-                    self.parts(layer, model)
-                except ValueError as error:
-                    raise Unfit(f"{where}.outer_ratio", self.ratio(model), str(error)) from error
+                self._check_split(layer, model, where)
             self._check_norms(layer, where)
             self._check_path(layer, where)
+
+        def _check_split(self, layer: LayerConfig, model: ModelConfig, where: str) -> None:
+            """Only the parts are ever built, so it is they that must fit, not the whole."""
+            cast(FFNConfig, layer.ffn).check_sizes(model, "ffn")
+            try:
+                parts = self.parts(layer, model)
+            except ValueError as error:
+                raise Unfit(f"{where}.outer_ratio", self.ratio(model), str(error)) from error
+            for part, place in zip(parts, ("behind", "inside"), strict=True):
+                try:
+                    if part is not None:
+                        part.check(layer, model, "ffn")
+                except Unfit as error:
+                    why = f"{error.why} (the part {place} attention, {where}.outer_ratio {self.ratio(model):g})"
+                    raise Unfit(error.where, error.given, why) from error
 
         def _check_norms(self, layer: LayerConfig, where: str) -> None:
             layout = layer.norm.layout

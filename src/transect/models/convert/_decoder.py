@@ -48,7 +48,7 @@ def settings(read: Attributes, **attention: Any) -> dict[str, Any]:
         "max_positions": read("max_position_embeddings"),
         "positions": "rotary",
         "rotary": _rotary(read),
-        "norm": {"layout": "pre", "kind": "rms", "eps": read("rms_norm_eps")},
+        "norm": {"layout": "pre", "type": "rms", "eps": read("rms_norm_eps")},
         "attention": {
             "heads": read("num_attention_heads"),
             "kv_heads": read("num_key_value_heads"),

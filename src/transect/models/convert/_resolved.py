@@ -58,7 +58,7 @@ def _layer(layer: LayerConfig, model: ModelConfig) -> dict[str, Any]:
 
 def _norm(layer: LayerConfig) -> dict[str, Any]:
     """RMSNorm has no bias, whatever the setting says."""
-    return layer.norm.plain() | ({"bias": False} if layer.norm.kind == "rms" else {})
+    return layer.norm.plain() | ({"bias": False} if layer.norm.type == "rms" else {})
 
 
 def _ffn(layer: LayerConfig, model: ModelConfig) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _ffn(layer: LayerConfig, model: ModelConfig) -> dict[str, Any]:
         return plain | {"width": layer.ffn.units(model)}
     if isinstance(layer.ffn, Sparse.Config):
         ffn = cast(Sparse.Config, layer.ffn)
-        for name in ("expansion", "width", "backend", "backend_table"):
+        for name in ("expansion", "width", "backend"):
             del plain[name]
         sizes = {
             "blocks": ffn.count(model),

@@ -27,7 +27,7 @@ def _settings(read: Attributes) -> dict[str, Any]:
         "layers": read("num_hidden_layers"),
         "max_positions": read("max_position_embeddings"),
         "positions": "learned",
-        "norm": {"layout": "post", "kind": "layer", "eps": read("layer_norm_eps")},
+        "norm": {"layout": "post", "type": "layer", "eps": read("layer_norm_eps")},
         "attention": {"heads": read("num_attention_heads"), "dropout": read("attention_probs_dropout_prob")},
         "ffn": {"kind": "dense", "width": read("intermediate_size"), "activation": activation},
         "embedding": {"norm": True, "types": read("type_vocab_size")},

@@ -28,7 +28,7 @@ def _settings(read: Attributes) -> dict[str, Any]:
         "layers": layers,
         "max_positions": read("n_positions"),
         "positions": "learned",
-        "norm": {"layout": "pre", "kind": "layer", "eps": read("layer_norm_epsilon")},
+        "norm": {"layout": "pre", "type": "layer", "eps": read("layer_norm_epsilon")},
         "attention": {"heads": heads, "scale": scale, "dropout": read("attn_pdrop")},
         "ffn": {
             "kind": "dense",

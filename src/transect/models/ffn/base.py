@@ -15,10 +15,14 @@ Numbers = dict[str, Tensor]
 class FFNConfig(PlugConfig):
     """Settings that any kind of FFN has beside its own."""
 
+    def check_sizes(self, model: ModelConfig, where: str) -> None:
+        """Raise Unfit where the width is not whole; the part of `check` that holds before a split, too."""
+
     def split(self, ratio: float, model: ModelConfig) -> "tuple[FFNConfig | None, FFNConfig | None]":
         """Two FFNs that share this one's width, the first with `ratio` of it; None in place of one without width.
 
-        Raises ValueError saying what is allowed where the parts are not whole.
+        Raises ValueError saying what is allowed where the parts are not whole. Called after `check_sizes`; the parts
+        are checked by themselves.
         """
         raise ValueError(f"an FFN of kind {self.kind} cannot be split")
 

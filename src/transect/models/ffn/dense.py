@@ -32,6 +32,10 @@ class Dense(FFN):
         bias: bool = True
 
         def check(self, layer: "LayerConfig", model: ModelConfig, where: str) -> None:
+            """As `check_sizes`."""
+            self.check_sizes(model, where)
+
+        def check_sizes(self, model: ModelConfig, where: str) -> None:
             """Raise Unfit where `multiple` does not give a whole number of units."""
             if self.width is None and not _whole(self.multiple * model.width):
                 why = f"times width {model.width} must be a whole number; or give {where}.width"

@@ -11,9 +11,10 @@ from transect.models.activations import ActivationName
 from transect.models.config import ModelConfig, Size
 from transect.models.ffn.base import FFN, FFNConfig, FFNOutput
 from transect.models.ffn.dense import Dense
-from transect.models.memory.choice import Picker, find_table
+from transect.models.memory.choice import Picker
 from transect.models.memory.memory import Memory
 from transect.models.plug import PlugConfig, Unfit, chooser, plugin_of
+from transect.models.selectors._scored import NoisyConfig, ScoredConfig
 from transect.models.selectors.base import Selector, SelectorConfig, Shape
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class Sparse(FFN):
         """One of `expansion` E (width E * 4d; 16 if nothing is given), `width` in cells, or `blocks` sets the size.
 
         block_size g defaults to 4d/16, active_blocks b to 4d/g, so that a token reads 4d cells. shared_blocks are
-        read by every token, in addition. backend: how the memory is computed, by measurement if `auto`;
-        backend_table: a file that `tune` wrote, in place of the user's own or the shipped one.
+        read by every token, in addition. backend: how the memory is computed; `auto` takes what was measured to be
+        fastest (`choice.find_table`).
         """
 
         kind: str = "sparse"
@@ -56,7 +57,6 @@ class Sparse(FFN):
         bias: bool = False
         selector: SelectorChoice = Field(default="avg_k", validate_default=True)  # pyright: ignore[reportAssignmentType]
         backend: Literal["auto", "reference", "masked", "grouped", "gather"] = "auto"
-        backend_table: str | None = None
 
         @model_validator(mode="after")
         def _one_size(self) -> "Self":
@@ -68,7 +68,7 @@ class Sparse(FFN):
 
         def check(self, layer: "LayerConfig", model: ModelConfig, where: str) -> None:
             """Raise Unfit where sizes are not whole or the selector does not go with them or with the model."""
-            self._check_sizes(model, where)
+            self.check_sizes(model, where)
             rule = plugin_of(self.selector, SELECTORS, Selector)
             if rule.cells_only and self.cells_per_block(model) != 1:
                 why = f"selector {self.selector.kind} picks single cells; give block_size: 1"
@@ -77,10 +77,13 @@ class Sparse(FFN):
                 # The linear half of a gated cell is a second key table of full rank: what such selectors save.
                 why = f"selector {self.selector.kind} has keys of its own, without a gated half; give gated: false"
                 raise Unfit(f"{where}.gated", True, why)
+            if model.causal and not rule.causal_safe:
+                self._check_consent(f"{where}.selector")
             # In a layer that splits its FFN these settings are a part's, and the selector must fit that part.
             self.selector.check(layer.model_copy(update={"ffn": self}), model, f"{where}.selector")
 
-        def _check_sizes(self, model: ModelConfig, where: str) -> None:
+        def check_sizes(self, model: ModelConfig, where: str) -> None:
+            """Raise Unfit where the numbers of blocks and cells are not whole, or more are read than there are."""
             width = 4 * model.width
             if self.block_size is None and width % 16:
                 raise Unfit(f"{where}.block_size", None, f"a sixteenth of {width} is not whole; give block_size")
@@ -98,6 +101,19 @@ class Sparse(FFN):
             if self.active(model) > self.count(model):
                 why = f"more than there are; a memory of {self.count(model)} blocks was asked for"
                 raise Unfit(f"{where}.active_blocks", self.active(model), why)
+
+        def _check_consent(self, where: str) -> None:
+            """Refuse a selector that looks at later tokens, unless it asks for consent itself, or has it."""
+            kind, says = self.selector.kind, getattr(type(self.selector), "leaks", None)
+            if says not in (None, NoisyConfig.leaks, ScoredConfig.leaks):
+                return  # it knows under which settings it does, and `check_shape` asks
+            consent = getattr(self.selector, "accept_leak", None)
+            if consent is None:
+                why = "looks at later tokens and has no option accept_leak; a causal model allows selectors that do not"
+                raise Unfit(f"{where}.kind", kind, why)
+            if not consent:
+                why = f"selector {kind} looks at later tokens; in a causal model give accept_leak: true"
+                raise Unfit(f"{where}.accept_leak", False, why)
 
         def cells_per_block(self, model: ModelConfig) -> int:
             """g."""
@@ -154,7 +170,7 @@ class Sparse(FFN):
             gated=config.gated,
             bias=config.bias,
             with_keys=not rule.provides_keys,
-            picker=Picker(config.backend, find_table(config.backend_table) if config.backend == "auto" else ()),
+            picker=Picker(config.backend),
         )
         self.selector = rule(cast(SelectorConfig, config.selector), shape)  # pyright: ignore[reportAbstractUsage]
         self.shared = _shared(config, model, index)
@@ -165,6 +181,7 @@ class Sparse(FFN):
         rows = x.flatten(0, -2)
         chosen = self.selector(rows, self.memory, _flat(token_ids), _flat(real))
         if self.memory.keys is None and chosen.coefficients is not None:
+            # All that the memory then is: a view sees its experts one at a time as weight * value.
             hidden = self.memory(rows, chosen.blocks, chosen.weights * chosen.coefficients)
         elif chosen.coefficients is not None:
             hidden = self.memory(rows, chosen.blocks, chosen.weights, chosen.coefficients)

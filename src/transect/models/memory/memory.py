@@ -18,7 +18,8 @@ class Memory(nn.Module):
     coefficient * value over the cells of its blocks. In Hugging Face's words keys are gate_proj (up_proj where not
     gated), up is up_proj, values the transposed down_proj. `keys` is None where the selector brings its own
     (`with_keys=False`); `key_bias` and `up_bias` [blocks, block_size] are None without biases. The output bias is the
-    FFN's. `picker` says which back end computes it, and keeps what it chose. Source: Avg-K 3.1.
+    FFN's. `picker` says which back end computes it, and keeps what it chose. Raises ValueError for a gated memory
+    without keys: its linear half would be a second key table. Source: Avg-K 3.1.
     """
 
     def __init__(
@@ -32,6 +33,8 @@ class Memory(nn.Module):
         with_keys: bool = True,
         picker: Picker | None = None,
     ) -> None:
+        if gated and not with_keys:
+            raise ValueError("a gated memory needs keys; give gated=False or with_keys=True")
         super().__init__()
         self.width, self.blocks, self.block_size = width, blocks, block_size
         self.activation = Activation(activation)
@@ -56,23 +59,23 @@ class Memory(nn.Module):
     def forward(self, x: Tensor, blocks: Tensor, weights: Tensor, coefficients: Tensor | None = None) -> Tensor:
         """x [N, d]; blocks [N, b], -1 dropped, else distinct within a row; weights [N, b] -> [N, d].
 
-        coefficients [N, b] stand in place of f(x k) (block size 1). Without keys, weights are all there is. Products
-        are made in the type of x, or autocast's.
+        coefficients [N, b] stand in place of f(x k) (block size 1). Without keys and coefficients, weights are all
+        there is. Products are made in the type of x, or autocast's. Raises ValueError for coefficients of a gated
+        memory: its cells multiply f(x k) once more, so that a selector that made them would spare nothing; the settings
+        refuse selectors with keys of their own there, and `vanilla_m` gives none.
         """
         if coefficients is not None:
+            if self.up is not None:
+                raise ValueError("coefficients are for memories that are not gated; give None")
             weights = weights * coefficients
         dtype = _product_type(x)
         x, weights, values = x.to(dtype), weights.to(dtype), self.values.to(dtype)
         if self.keys is not None and coefficients is None:
-            tables = Tables(self.keys, self.up, values, self.key_bias, self.up_bias, self.activation.name)
-        elif self.up is not None:  # what is left of a gated cell: its linear half
-            tables = Tables(self.up, None, values, self.up_bias, None, "identity")
-        else:
-            way = self.picker.pick(case_of("read", values, blocks.shape[1], len(x)))
-            return READS[way](blocks, weights, values)
-        tables = tables.to(dtype)
-        way = self.picker.pick(case_of("mix", values, blocks.shape[1], len(x)))
-        return MIXES[way](x, blocks, weights, tables)
+            tables = Tables(self.keys, self.up, values, self.key_bias, self.up_bias, self.activation.name).to(dtype)
+            way = self.picker.pick(case_of("mix", values, blocks.shape[1], len(x)))
+            return MIXES[way](x, blocks, weights, tables)
+        way = self.picker.pick(case_of("read", values, blocks.shape[1], len(x)))
+        return READS[way](blocks, weights, values)
 
     def flops(self, active: int) -> float:
         """Forward FLOPs per token with `active` blocks, two for a multiply-add: 2 d per cell and table."""
@@ -86,6 +89,6 @@ class Memory(nn.Module):
 def _product_type(x: Tensor) -> torch.dtype:
     """That of x, or autocast's, as for linear maps."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)

@@ -1,16 +1,19 @@
 """Measure this machine's back ends at typical shapes, for `choice` to choose from."""
 
 import itertools
+import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from transect.errors import InputError
 from transect.models.memory.backends import MIXES, READS
 from transect.models.memory.backends.tables import Tables
-from transect.models.memory.choice import Case, Measured, table_text, user_path
+from transect.models.memory.choice import Case, Measured, kind_of, read_table, table_text, user_path
 from transect.results import write_whole
 
 TOKENS = (1, 64, 2048)
@@ -38,6 +41,7 @@ def tune(
 ) -> Path:
     """Time every back end at every case and write the table, whole; returns its path.
 
+    Rows that the file has of other devices and dtypes stay in it; a file that is no table is replaced.
     output: by default where models look for it (`choice.user_path`). cases: by default those of `typical_cases`.
     progress is told how many cases are done, of how many, and what came out. A back end three times slower than the
     best after one run is left out. Raises InputError when the file cannot be written. Cost: some minutes for the
@@ -57,8 +61,25 @@ def tune(
     }
     path = user_path() if output is None else output
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, table_text(rows, about).encode())
+    write_whole(path, _merged(path, rows, about).encode())
     return path
+
+
+def _merged(path: Path, rows: list[Measured], about: dict[str, Any]) -> str:
+    """The new rows, and those that the file has of devices and dtypes that were not measured now, with their story."""
+    kinds = dict.fromkeys(kind_of(row.case) for row in rows)
+    try:
+        old = [row for row in read_table(path) if kind_of(row.case) not in kinds]
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (InputError, OSError):
+        old, told = [], {}
+    stories = {_words(kind): told.get(_words(kind)) for kind in dict.fromkeys(kind_of(row.case) for row in old)}
+    stories |= {_words(kind): about for kind in kinds}
+    return table_text([*old, *rows], {words: story for words, story in stories.items() if story is not None})
+
+
+def _words(kind: tuple[str, str]) -> str:
+    return f"{kind[1]} on {kind[0]}"
 
 
 def typical_cases(device: str = "cpu", dtype: str = "float32") -> Iterator[Case]:

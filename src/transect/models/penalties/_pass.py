@@ -19,8 +19,9 @@ def build_penalty(config: PlugConfig, layers: int) -> Penalty:
 class PenaltyPass:
     """Active penalties of a pass, layer by layer.
 
-    counted: the positions of each, as `Penalty.counted` gives them. `final_norm` and `raw_embedding` are called only
-    for penalties that read those states.
+    counted: the positions of each, as `Penalty.counted` gives them. final_norm: None where the model has none.
+    raw_embedding gives what the embedding's norm receives; None where there is no such norm, and the first layer's
+    input is the embedding. Both are called once, and only for penalties that read those states.
     """
 
     def __init__(
@@ -29,17 +30,28 @@ class PenaltyPass:
         counted: Sequence[Tensor | None],
         step: int | None,
         final_norm: Callable[[Tensor], Tensor] | None,
-        raw_embedding: Callable[[], Tensor],
+        raw_embedding: Callable[[], Tensor] | None,
     ) -> None:
         self.penalties, self.counted, self.step = penalties, counted, step
         self.final_norm, self.raw_embedding = final_norm, raw_embedding
+        self._final: Tensor | None = None
 
     def layer(self, place: int, before: Tensor, after: Tensor) -> tuple[LayerSums, ...]:
         """What each penalty makes of one layer; safe to compute again in a checkpointed region."""
+        raw, normed = self._raw(place, before), self._normed(place, after)
         return tuple(
-            penalty.layer(place, self._before(penalty, place, before), self._after(penalty, place, after), counted)
+            penalty.layer(
+                place,
+                raw if penalty.reads_raw_embedding else before,
+                normed if penalty.reads_final_norm else after,
+                counted,
+            )
             for penalty, counted in zip(self.penalties, self.counted, strict=True)
         )
+
+    def final(self) -> Tensor | None:
+        """The final norm's output after the last layer; None where no penalty asked for it."""
+        return self._final
 
     def totals(self, sums: Sequence[tuple[LayerSums, ...]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weighted losses by the penalties' names, and their statistics."""
@@ -48,13 +60,19 @@ class PenaltyPass:
         for penalty, seen in zip(self.penalties, zip(*sums, strict=True), strict=True):
             loss, numbers = penalty.total(seen, self.step)
             name = penalty.config.kind
-            losses[name] = losses[name] + loss if name in losses else loss
+            losses[name] = loss
             stats.update({f"{name}.{key}": value for key, value in numbers.items()})
         return losses, stats
 
-    def _before(self, penalty: Penalty, place: int, before: Tensor) -> Tensor:
-        return self.raw_embedding() if place == 0 and penalty.reads_raw_embedding else before
+    def _raw(self, place: int, before: Tensor) -> Tensor:
+        read = place == 0 and any(penalty.reads_raw_embedding for penalty in self.penalties)
+        return self.raw_embedding() if read and self.raw_embedding is not None else before
 
-    def _after(self, penalty: Penalty, place: int, after: Tensor) -> Tensor:
-        last = place == penalty.layers - 1
-        return self.final_norm(after) if last and penalty.reads_final_norm and self.final_norm else after
+    def _normed(self, place: int, after: Tensor) -> Tensor:
+        read = any(penalty.reads_final_norm and place == penalty.layers - 1 for penalty in self.penalties)
+        if not read or self.final_norm is None:
+            return after
+        normed = self.final_norm(after)
+        if self._final is None:  # the backward pass of a checkpointed region comes here again
+            self._final = normed
+        return normed

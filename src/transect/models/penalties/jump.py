@@ -30,19 +30,19 @@ class JumpConfig(PenaltyConfig):
 
     displacement: `half_one_minus_cos` Psi = (1 - cos) / 2, `one_minus_cos`, or `arccos_over_pi`, the angle as a share
     of 180 degrees. final_state: h_L before the final norm (`pre_norm`) or after it (`post_norm`). first_state: h_0 is
-    the input of the first layer (`after_embedding_norm`, which is what the `jump` probe takes), or what an embedding
-    norm receives (`embedding`); they differ only in models with such a norm. weights of the layers: `softmax_alpha`,
-    softmax(alpha (1, ..., L)); `uniform` 1/L; `last_only`; `last_k`, 1/k for each of the last k; or a list of L
-    numbers, used as they are. stop_grad: which state does not move: `prev` the earlier one, `next` the later one,
-    `both` (a meter only). hinge: penalise max(0, Psi_l - Psi_{l-1}) of the means, for l from 2, in place of Psi_l; a
-    control. eps: lengths count as at least this.
+    what the norm of the embedding receives (`embedding`), or the input of the first layer (`after_embedding_norm`,
+    which is what the `jump` probe takes); without such a norm both are the input of the first layer. weights of the
+    layers: `softmax_alpha`, softmax(alpha (1, ..., L)); `uniform` 1/L; `last_only`; `last_k`, 1/k for each of the last
+    k; or a list of L numbers, used as they are. stop_grad: which state does not move: `prev` the earlier one, `next`
+    the later one, `both` (a meter only). hinge: penalise max(0, Psi_l - Psi_{l-1}) of the means, for l from 2, in place
+    of Psi_l; a control. eps: lengths count as at least this.
     Source: arXiv 2601.18302, JREG. ASSUMED: strength, alpha (mid-grid, ours), final_state, first_state, stop_grad.
     """
 
     kind: str = "jump"
     displacement: Literal["half_one_minus_cos", "one_minus_cos", "arccos_over_pi"] = "half_one_minus_cos"
     final_state: Literal["pre_norm", "post_norm"] = "pre_norm"
-    first_state: Literal["after_embedding_norm", "embedding"] = "after_embedding_norm"
+    first_state: Literal["embedding", "after_embedding_norm"] = "embedding"
     weights: Rule | list[Weight] = "softmax_alpha"
     alpha: Annotated[float, Field(ge=0)] = 0.5
     k: Annotated[int, Field(ge=1)] | None = None
@@ -111,12 +111,14 @@ class Jump(Penalty):
     ) -> "Attached":
         """The penalty of a model seen through a view: a context manager, see `Attached`.
 
-        config: settings, as an object or a mapping; strength: lambda, in place of the one in `config`. Raises
+        config: settings, as an object or a mapping; strength: lambda, in place of the one in `config`. A mapping that
+        names no first_state, and no config at all, mean `after_embedding_norm`, which every view sees. Raises
         InputError for settings that do not fit the model.
         """
         from transect.models.penalties._attached import Attached
 
-        settings = config if isinstance(config, JumpConfig) else JumpConfig.parse(config or {})
+        seen = {"first_state": "after_embedding_norm"}
+        settings = config if isinstance(config, JumpConfig) else JumpConfig.parse(seen | dict(config or {}))
         if strength is not None:
             settings = settings.but(strength=strength)
         return Attached(cls(settings, view.num_layers), view)

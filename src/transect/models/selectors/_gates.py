@@ -8,19 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transect.models.memory.backends.tables import wide_type
+
 GateName = Literal["binary", "softmax_all", "softmax_kept", "sigmoid", "straight_through"]
 GateScale = Literal["none", "times_b", "times_B"]
 
 
 def wide(x: Tensor) -> Tensor:
     """In float32, or in float64 if that is what it was."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide_type(x.dtype))
 
 
-def routed(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T [tokens, blocks] in float32 or better, under autocast too: Switch's selective precision."""
+def routed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b [tokens, blocks] in float32 or better, under autocast too: Switch's selective precision.
+
+    Fewer digits make many scores equal, and ties go to the first blocks.
+    """
+    x = wide(x)
     with _whole(x.device.type):
-        return F.linear(wide(x), weight.to(wide(x).dtype))
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def gate(kind: GateName, kept: Tensor, log_partition: Callable[[], Tensor]) -> Tensor:

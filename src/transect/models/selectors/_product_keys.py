@@ -4,11 +4,10 @@ import math
 from typing import Annotated, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from transect.models.selectors._gates import wide
+from transect.models.selectors._gates import routed, wide
 from transect.models.selectors._scored import Odds, ScoredConfig
 from transect.models.selectors._top import best
 
@@ -50,15 +49,21 @@ def best_pairs(first: Tensor, second: Tensor, count: int) -> Pairs:
 def candidates(first: int, second: int, count: int) -> int:
     """Pairs that `best_pairs` adds up for each token."""
     wanted = min(count + 1, first * second)
-    return len(_staircase(min(wanted, first), min(wanted, second), wanted, torch.device("cpu"))[0])
+    return _pairs(min(wanted, first), min(wanted, second), wanted)
 
 
 def _staircase(first: int, second: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """0-based ranks i, j with (i + 1) (j + 1) <= count."""
-    lengths = [min(second, count // (i + 1)) for i in range(min(first, count))]
-    i = [i for i, length in enumerate(lengths) for _ in range(length)]
-    j = [j for length in lengths for j in range(length)]
-    return torch.tensor(i, device=device), torch.tensor(j, device=device)
+    """0-based ranks i, j with (i + 1) (j + 1) <= count, made where they are used: nothing is copied or read back."""
+    rows = min(first, count)
+    pairs = _pairs(rows, second, count)
+    i = torch.arange(rows, device=device)
+    lengths = (count // (i + 1)).clamp_max(second)
+    i = i.repeat_interleave(lengths, output_size=pairs)
+    return i, torch.arange(pairs, device=device) - (lengths.cumsum(0) - lengths)[i]
+
+
+def _pairs(first: int, second: int, count: int) -> int:
+    return sum(min(second, count // (i + 1)) for i in range(min(first, count)))
 
 
 def pair_odds(first: Tensor, second: Tensor, real: Tensor | None) -> Odds:
@@ -68,7 +73,7 @@ def pair_odds(first: Tensor, second: Tensor, real: Tensor | None) -> Odds:
     if real is not None:
         left = left.where(real[:, None], left.new_zeros(()))
     tokens = len(left) if real is None else real.sum()
-    probability = (left.t() @ right).flatten() / torch.as_tensor(tokens, device=left.device).clamp_min(1)
+    probability = routed(left.t(), right.t()).flatten() / torch.as_tensor(tokens, device=left.device).clamp_min(1)
     return Odds(probability, log_partition(first, second))
 
 
@@ -88,7 +93,7 @@ class PairConfig(ScoredConfig):
 
 
 class ProductKeys(nn.Module):
-    """q = W_q x split in halves; half scores q1 C^T [tokens, n1] and q2 C'^T [tokens, n2]."""
+    """q = W_q x split in halves; half scores q1 C^T [tokens, n1] and q2 C'^T [tokens, n2], in float32 or better."""
 
     def __init__(self, width: int, cells: int, query_width: int) -> None:
         super().__init__()
@@ -100,8 +105,8 @@ class ProductKeys(nn.Module):
             nn.init.normal_(table, std=INITIAL_STD)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        left, right = self.query(x).chunk(2, dim=-1)
-        return F.linear(left, self.first), F.linear(right, self.second)
+        left, right = routed(x, self.query.weight).chunk(2, dim=-1)
+        return routed(left, self.first), routed(right, self.second)
 
     def flops(self, active: int) -> float:
         """2 d d_q + d_q (n1 + n2), and one add for each candidate."""

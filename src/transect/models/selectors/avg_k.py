@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transect.models.memory.backends.tables import wide_type
+from transect.models.selectors._gates import routed, wide
 from transect.models.selectors._scored import Gated, GatedConfig
 from transect.models.selectors._seeds import generator
 from transect.models.selectors.base import Shape
@@ -20,7 +22,9 @@ class AvgK(Gated):
     e is computed from the key table at every forward, never stored. With the default binary gate no gradient flows
     through the score; e still moves, because the loss trains the keys of the blocks used.
     Source: Liu et al., EMNLP 2023; Avg-K 3.3. ASSUMED: mean before the non-linearity (0.85), binary gate (0.7), no
-    row normalisation of keys (0.75). Cost: 2 d B FLOPs per token and one pass over the keys per forward.
+    row normalisation of keys (0.75). Scores in float32 or better, under autocast too, as those of learned routers; but
+    the full key product of `mean_activation` in the type of x, or autocast's. Cost: 2 d B FLOPs per token and one pass
+    over the keys per forward.
     """
 
     class Config(GatedConfig):
@@ -55,25 +59,29 @@ class AvgK(Gated):
 
     def scores(self, x: Tensor, memory: "Memory") -> Tensor:
         assert memory.keys is not None
-        keys = F.normalize(memory.keys, dim=-1) if self.config.normalise_keys else memory.keys
+        keys = F.normalize(wide(memory.keys), dim=-1) if self.config.normalise_keys else memory.keys
         bias = memory.key_bias if self.config.score_bias else None
         if self.config.block_score == "mean_activation":
-            coefficients = memory.activation(F.linear(x, keys.flatten(0, 1), None if bias is None else bias.flatten()))
-            scores = coefficients.unflatten(-1, keys.shape[:2]).mean(-1)
+            table = keys.flatten(0, 1).to(x.dtype)
+            coefficients = memory.activation(F.linear(x, table, None if bias is None else bias.flatten()))
+            scores = wide(coefficients).unflatten(-1, keys.shape[:2]).mean(-1)
         else:
-            scores = F.linear(
-                x, self._of_blocks(keys, memory.keys), None if bias is None else self._of_blocks(bias, memory.keys)
-            )
+            of_bias = None if bias is None else self._of_blocks(bias, memory.keys)
+            scores = routed(x, self._of_blocks(keys, memory.keys), of_bias)
         return scores.detach() if self.config.score_grad == "stop" else scores
 
     def _of_blocks(self, table: Tensor, keys: Tensor) -> Tensor:
         """One entry per block of table [blocks, block_size, ...]."""
         if self.config.block_score == "mean_key":
-            return table.mean(1)
+            return table.mean(1, dtype=wide_type(table.dtype))
         blocks = torch.arange(len(table), device=table.device)
-        return table[blocks, self.drawn if self.drawn is not None else keys.norm(dim=-1).argmax(-1)]
+        return table[blocks, self.drawn if self.drawn is not None else _lengths(keys).argmax(-1)]
 
     def flops(self) -> float:
         """2 d B; 2 d B g where every cell is scored."""
         cells = self.shape.block_size if self.config.block_score == "mean_activation" else 1
         return 2.0 * self.shape.width * self.shape.blocks * cells
+
+
+def _lengths(keys: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(keys, dim=-1, dtype=wide_type(keys.dtype))

@@ -79,9 +79,10 @@ class _Sizes(Protocol):
 class Selector(nn.Module, ABC):
     """Picks memory blocks for each token; keeps no state of a batch.
 
-    causal_safe: what a token is given does not depend on later tokens; a selector that is not asks for consent in a
-    causal model. provides_keys: it scores with keys of its own, and the memory has none. needs_token_ids: it reads
-    token ids. cells_only: it picks single cells, block size 1.
+    causal_safe: what a token is given does not depend on later tokens. A causal model refuses a selector that is not,
+    unless its Config has an option `accept_leak` that is true, or a method `leaks` of its own that says under which
+    settings it does (`_scored.NoisyConfig`). provides_keys: it scores with keys of its own, and the memory has none.
+    needs_token_ids: it reads token ids. cells_only: it picks single cells, block size 1.
     """
 
     Config: ClassVar[type[SelectorConfig]]

@@ -46,6 +46,10 @@ class GShard(Scored):
         drop: Drop = "choice"
         second: Literal["random", "all"] = "random"
 
+        def leaks(self) -> str | None:
+            """As for any capacity: without one, or with `drop: order`, no later token matters."""
+            return super().leaks()
+
         def check_shape(self, shape: Shape, causal: bool, where: str) -> None:
             """Two blocks, no more and no fewer."""
             super().check_shape(shape, causal, where)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 from torch import Tensor, nn
 
+from transect.models.selectors._gates import routed
 from transect.models.selectors._scored import Choice, Scored, ScoredConfig, softmax_odds, without_padding
 from transect.models.selectors._top import best
 from transect.models.selectors.base import Selection, Shape
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 class LoRKM(Scored):
     """Scores x D U with D [d, rk] and U [rk, d_m] in place of keys; the k largest win, each counts with f(score).
 
-    Router noise, if any, reaches the coefficients, which are the scores.
+    Scores in float32 or better, under autocast too. Router noise, if any, reaches the coefficients, which are the
+    scores.
     Source: Avg-K 3.2 (names and placement ASSUMED 0.75). Cost: 2 (d rk + rk d_m) FLOPs per token.
     """
 
@@ -39,7 +41,8 @@ class LoRKM(Scored):
     def forward(
         self, x: Tensor, memory: "Memory", token_ids: Tensor | None = None, real: Tensor | None = None
     ) -> Selection:
-        scores = self.keys(self.project(self.noisy(without_padding(x, real))))
+        low = routed(self.noisy(without_padding(x, real)), self.project.weight)
+        scores = routed(low, self.keys.weight)
         cells, margin = best(scores, self.shape.active)
         kept = scores.gather(1, cells)
         choice = Choice(cells, kept, margin)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from transect.errors import InputError
+from transect.models.memory.backends.tables import wide_type
 from transect.models.selectors._balance import counts, statistics
 from transect.models.selectors._seeds import generator
 from transect.models.selectors._top import best
@@ -98,7 +99,7 @@ class RandHash(Selector):
         if real is not None:
             kept = kept & real[:, None]
             blocks = blocks.where(kept, blocks.new_full((), -1))
-        weights = kept.to(torch.promote_types(x.dtype, torch.float32))
+        weights = kept.to(wide_type(x.dtype))
         stats = statistics(counts(blocks, self.shape.blocks, kept), kept, weights, None, real)
         return Selection(blocks, weights, None, None, {}, stats)
 

@@ -18,6 +18,8 @@ class VanillaM(Scored):
 
     The key product is the selection, so the coefficients come from it and are not computed twice; only for a gated
     memory, whose cells need more than f, and under noise, which must not reach them, they stay None.
+    Scores are in the type of x, or autocast's, for the product is the memory's own: in float32 it would cost several
+    times the whole selection. So under bfloat16 some cells at the cut are equal, and the first of them win.
     Source: Avg-K 3.2, T5. Cost: 2 d d_m FLOPs per token, less 2 d k that the memory need not do.
     """
 

@@ -7,17 +7,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from transect.models.memory.backends.tables import Tables, eagerly
-
-CHUNK_BYTES = 1 << 22
+from transect.models.memory.backends.tables import Tables, chunk_bytes, eagerly
 
 
 @eagerly
 def mix(x: Tensor, blocks: Tensor, weights: Tensor, tables: Tables) -> Tensor:
     """The reference's numbers; only rows of chosen blocks are read, each time a token chooses them.
 
-    Best for few chosen cells in all: every (token, cell) reads two rows of d numbers. Fetched rows are 4 MiB at a time.
-    Kept for the backward pass: a few times N b g numbers. Under `torch.compile` it runs eagerly.
+    Best for few chosen cells in all: every (token, cell) reads two rows of d numbers. Rows are fetched a chunk at a
+    time (`chunk_bytes`). Kept for the backward pass: a few times N b g numbers. Under `torch.compile` it runs eagerly.
     """
     size = tables.values.shape[1]
     tokens, chosen, scale = _kept(blocks, weights)
@@ -61,7 +59,7 @@ class _Scores(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rows: Tensor, tokens: Tensor, cells: Tensor) -> Tensor:
         ctx.save_for_backward(x, rows, tokens, cells)
         scores = x.new_empty(len(tokens))
-        step = max(1, CHUNK_BYTES // (x.shape[1] * x.element_size()))
+        step = max(1, chunk_bytes(x) // (x.shape[1] * x.element_size()))
         for start in range(0, len(tokens), step):
             part = slice(start, start + step)
             scores[part] = torch.linalg.vecdot(x[tokens[part]], rows[cells[part]])

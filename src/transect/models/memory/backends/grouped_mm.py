@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from transect.models.memory.backends import reference
-from transect.models.memory.backends.tables import Tables, wide
+from transect.models.memory.backends.tables import Tables, wide_type
 
 ALIGNMENT = 16
 _TYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16,)}
@@ -17,8 +17,9 @@ _TYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.
 def mix(x: Tensor, blocks: Tensor, weights: Tensor, tables: Tables) -> Tensor:
     """The reference's numbers: pairs sorted by block, one grouped product with the keys and one with the values.
 
-    The host never waits for the device: dropped slots go, with weight 0, to a block that some token chose. Kept for
-    the backward pass: copies of all pairs' rows, 2 N b d numbers, and a few times N b g.
+    Dropped slots go, with weight 0, to a block that some token chose, so that the host does not wait for the device;
+    it does, once a product, where `grouped_mm` refuses the tables and they are multiplied block by block (`product`).
+    Kept for the backward pass: copies of all pairs' rows, 2 N b d numbers, and a few times N b g.
     """
     if not blocks.numel():
         return reference.mix(x, blocks, weights, tables)
@@ -36,14 +37,14 @@ def mix(x: Tensor, blocks: Tensor, weights: Tensor, tables: Tables) -> Tensor:
     made = product(cells * scale[order, None], tables.values, ends)
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
-    return made[places].unflatten(0, blocks.shape).sum(1, dtype=wide(x.dtype)).to(x.dtype)
+    return made[places].unflatten(0, blocks.shape).sum(1, dtype=wide_type(x.dtype)).to(x.dtype)
 
 
 def product(rows: Tensor, tables: Tensor, ends: Tensor) -> Tensor:
     """rows [P, a] by tables [B, a, c], rows of block i being those before ends[i]: [P, c].
 
     `grouped_mm` takes float32 and half types on a CPU and bfloat16 on CUDA, whole 16 bytes from row to row, 32-bit
-    ends and no broadcast gradients; whatever it would refuse is multiplied block by block.
+    ends and no broadcast gradients; whatever it would refuse is multiplied block by block, after reading the ends back.
     """
     return _Product.apply(rows, tables, ends)  # pyright: ignore[reportReturnType]
 

@@ -8,9 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from transect.models.memory.backends import reference
 from transect.models.memory.backends.cells import Cells
-from transect.models.memory.backends.tables import Tables, wide
-
-CHUNK_BYTES = 1 << 22
+from transect.models.memory.backends.tables import Tables, chunk_bytes, wide_type
 
 
 def mix(x: Tensor, blocks: Tensor, weights: Tensor, tables: Tables) -> Tensor:
@@ -31,7 +29,7 @@ class _Mix(torch.autograd.Function):
         tables = Tables._make(given)
         spread = reference.spread_weights(blocks, weights, len(tables.values))
         rules, inner = Cells(tables, dim=1), []
-        total = torch.zeros_like(x, dtype=wide(x.dtype))
+        total = torch.zeros_like(x, dtype=wide_type(x.dtype))
         for chunk in _chunks(tables, x):
             inner.append(_products(x, tables, chunk))
             total += _scaled(rules.value(inner[-1]), spread[:, chunk]) @ tables.values[chunk].flatten(0, 1)
@@ -49,7 +47,7 @@ class _Mix(torch.autograd.Function):
         out = [None if table is None else torch.empty_like(table) for table in tables[:-1]]
         keys, up, values, *biases = out
         assert keys is not None and values is not None
-        total, moved = torch.zeros_like(x, dtype=wide(x.dtype)), torch.empty_like(spread)
+        total, moved = torch.zeros_like(x, dtype=wide_type(x.dtype)), torch.empty_like(spread)
         for chunk, z in zip(_chunks(tables, x), inner, strict=True):
             cells, scale = rules.value(z), spread[:, chunk]
             slope = above @ tables.values[chunk].flatten(0, 1).T
@@ -68,9 +66,9 @@ class _Mix(torch.autograd.Function):
 
 
 def _chunks(tables: Tables, x: Tensor) -> list[slice]:
-    """Ranges of blocks whose cells, for all tokens, stay in the cache."""
+    """Ranges of blocks whose cells, for all tokens, fill a chunk (`chunk_bytes`): on a CPU they stay in the cache."""
     count, size = tables.values.shape[:2]
-    step = max(1, CHUNK_BYTES // (max(1, len(x)) * size * x.element_size()))
+    step = max(1, chunk_bytes(x) // (max(1, len(x)) * size * x.element_size()))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 

@@ -39,11 +39,20 @@ Mix = Callable[[Tensor, Tensor, Tensor, Tables], Tensor]
 """x [N, d], blocks [N, b] (-1 dropped, else distinct within a row), weights [N, b], tables -> [N, d]."""
 Read = Callable[[Tensor, Tensor, Tensor], Tensor]
 """blocks [N, b], weights [N, b], values [B, 1, d] -> [N, d]."""
+CHUNK_BYTES = {"cpu": 1 << 22}
+"""Intermediate results made at a time: 4 MiB on a CPU, whose cache they stay in."""
+CHUNK_BYTES_ELSEWHERE = 1 << 28
+"""On an accelerator 256 MiB, where few and large steps are what counts; not measured."""
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type in which sums over blocks are kept: float32 at least."""
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums over blocks are kept and scores are ranked: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def chunk_bytes(x: Tensor) -> int:
+    """How much to make at a time where x lies."""
+    return CHUNK_BYTES.get(x.device.type, CHUNK_BYTES_ELSEWHERE)
 
 
 def eagerly(function: Callable[Given, Made]) -> Callable[Given, Made]:

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from transect.models.memory.backends.cells import Cells
+from transect.models.memory.backends.sharing import shared_out
 from transect.models.memory.backends.sorting import sort_pairs
-from transect.models.memory.backends.tables import Tables, eagerly, wide
+from transect.models.memory.backends.tables import Tables, eagerly, wide_type
 
 TILE_BYTES = 5 << 19
 """Largest tile of rows, 2.5 MiB: 853 rows of 768 float32. Smaller ones cost more calls, larger ones were no faster."""
@@ -38,14 +39,19 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tokens: Tensor, counts: list[int], weights: Tensor | None, *given: Any) -> Tensor:
         tables = Tables._make(given)
-        stack, rules, room = _Stack(tables), Cells(tables, dim=0), _Room(x)
-        inner = x.new_empty(len(tokens) * stack.rows)
-        total = torch.zeros_like(x, dtype=wide(x.dtype))
-        for tile in _tiles(counts, room.limit, tokens, weights, inner):
-            stack.products(tile, room.take(x, tile.tokens))
-            cells = tile.weighted(rules.value(tile.z))
-            made = torch.mm(cells.T, stack.values[tile.block], out=room.second(len(tile.tokens)))
-            total.index_add_(0, tile.tokens, made.to(total.dtype))
+        inner = x.new_empty(len(tokens) * _rows(tables))
+
+        def run(tiles: list[_Tile]) -> Tensor:
+            stack, rules, room = _Stack(tables), Cells(tables, dim=0), _Room(x)
+            total = torch.zeros_like(x, dtype=wide_type(x.dtype))
+            for tile in tiles:
+                stack.products(tile, room.take(x, tile.tokens))
+                cells = tile.weighted(rules.value(tile.z))
+                made = torch.mm(cells.T, stack.values[tile.block], out=room.second(len(tile.tokens)))
+                total.index_add_(0, tile.tokens, made.to(total.dtype))
+            return total
+
+        total = shared_out(run, _tiles(counts, _limit(x), tokens, weights, inner), inner.numel() * x.shape[1])
         ctx.save_for_backward(x, tokens, weights, inner, *given[:-1])
         ctx.counts, ctx.activation = counts, tables.activation
         return total.to(x.dtype)
@@ -55,19 +61,25 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, tokens, weights, inner, *held = ctx.saved_tensors
         tables = Tables._make([*held, ctx.activation])
-        stack, rules, room, out = _Stack(tables), Cells(tables, dim=0), _Room(x), _Gradients(tables, ctx.counts)
+        given, out = gradients[0].contiguous(), _Gradients(tables, ctx.counts)
         moved = torch.empty_like(weights) if weights is not None and ctx.needs_input_grad[3] else None
-        given, total = gradients[0].contiguous(), torch.zeros_like(x, dtype=wide(x.dtype))
-        for tile in _tiles(ctx.counts, room.limit, tokens, weights, inner):
-            above = room.take(given, tile.tokens)
-            cells, slope = rules.value(tile.z), torch.mm(stack.values[tile.block], above.T)
-            if moved is not None:
-                torch.sum(slope * cells, 0, out=moved[tile.start : tile.start + len(tile.tokens)])
-            out.add_values(tile, tile.weighted(cells), above)
-            halves = rules.backward(tile.weighted(slope), tile.z)
-            out.add_keys(tile, halves, room.take(x, tile.tokens))
-            below = stack.back(tile, halves, room.second(len(tile.tokens)))
-            total.index_add_(0, tile.tokens, below.to(total.dtype))
+
+        def run(tiles: list[_Tile]) -> Tensor:
+            stack, rules, room = _Stack(tables), Cells(tables, dim=0), _Room(x)
+            total = torch.zeros_like(x, dtype=wide_type(x.dtype))
+            for tile in tiles:
+                above = room.take(given, tile.tokens)
+                cells, slope = rules.value(tile.z), torch.mm(stack.values[tile.block], above.T)
+                if moved is not None:
+                    torch.sum(slope * cells, 0, out=moved[tile.start : tile.start + len(tile.tokens)])
+                out.add_values(tile, tile.weighted(cells), above)
+                halves = rules.backward(tile.weighted(slope), tile.z)
+                out.add_keys(tile, halves, room.take(x, tile.tokens))
+                below = stack.back(tile, halves, room.second(len(tile.tokens)))
+                total.index_add_(0, tile.tokens, below.to(total.dtype))
+            return total
+
+        total = shared_out(run, _tiles(ctx.counts, _limit(x), tokens, weights, inner), inner.numel() * x.shape[1])
         return total.to(x.dtype), None, None, moved, *out.tables, None
 
 
@@ -86,12 +98,22 @@ class _Tile(NamedTuple):
         return cells if self.weights is None else cells * self.weights
 
 
-def _tiles(counts: list[int], limit: int, tokens: Tensor, weights: Tensor | None, inner: Tensor) -> list[_Tile]:
-    """The pairs of each block, cut into equal parts of at most `limit`."""
+def _limit(x: Tensor) -> int:
+    """Rows of the largest tile."""
+    return max(64, TILE_BYTES // (x.shape[1] * x.element_size()))
+
+
+def _rows(tables: Tables) -> int:
+    """Rows of keys, and of the linear half of gated cells, in one block."""
+    return tables.values.shape[1] * (1 if tables.up is None else 2)
+
+
+def _tiles(counts: list[int], most: int, tokens: Tensor, weights: Tensor | None, inner: Tensor) -> list[_Tile]:
+    """The pairs of each block, cut into equal parts of at most `most`."""
     places = [
         (block, part == 0, count * (part + 1) // parts - count * part // parts)
         for block, count in enumerate(counts)
-        for parts in (-(-count // limit),)
+        for parts in (-(-count // most),)
         for part in range(parts)
     ]
     rows, start, tiles = len(inner) // max(1, len(tokens)), 0, []
@@ -111,8 +133,8 @@ class _Stack:
         size, width = tables.values.shape[1:]
         self.values = tables.values.unbind(0)
         self._keys = [table.unbind(0) for table in (tables.keys, tables.up) if table is not None]
-        self.rows = len(self._keys) * size
-        self._joined = tables.values.new_empty(self.rows, width) if self.rows == 2 * size <= 2 * SMALL else None
+        joined = tables.up is not None and size <= SMALL
+        self._joined = tables.values.new_empty(2 * size, width) if joined else None
         held = [bias for bias in (tables.key_bias, tables.up_bias) if bias is not None]
         self._biases = torch.cat(held, 1) if held else None
 
@@ -169,8 +191,7 @@ class _Room:
     """Two tiles of scratch, used again and again so that they stay in the cache."""
 
     def __init__(self, x: Tensor) -> None:
-        self.limit = max(64, TILE_BYTES // (x.shape[1] * x.element_size()))
-        shape = min(len(x), self.limit), x.shape[1]
+        shape = min(len(x), _limit(x)), x.shape[1]
         self._first, self._second = x.new_empty(shape), x.new_empty(shape)
 
     def take(self, source: Tensor, tokens: Tensor) -> Tensor:
