@@ -22,17 +22,21 @@ Piece = TypeVar("Piece", bound=OfBlock)
 
 WORTH = 1 << 27
 """Multiply-adds from which on starting threads pays."""
+LARGE = 1 << 29
+"""Multiply-adds of one piece's product from which on PyTorch's own threads share it as well, and more evenly."""
 
 
 def shared_out(run: Callable[[list[Piece]], Tensor], pieces: list[Piece], work: int) -> Tensor:
     """The sum of what `run` makes of the pieces, by as many threads as PyTorch may use, one core each.
 
-    All pieces of a block go to one thread, so that nothing is written by two. While they run, PyTorch's own threads are
+    work: multiply-adds of one product with all pieces. All pieces of a block go to one thread, so that nothing is
+    written by two. While they run, PyTorch's own threads are
     held to one: a product of a few hundred rows takes longer on two cores than on one. Sums depend on the number of
     threads in their last digits, as in any product.
     """
     threads = torch.get_num_threads()
-    parts = _parts(pieces, threads) if threads > 1 and work >= WORTH else [pieces]
+    small = threads > 1 and work >= WORTH and work < LARGE * len(pieces)
+    parts = _parts(pieces, threads) if small else [pieces]
     if len(parts) == 1:
         return run(pieces)
 
