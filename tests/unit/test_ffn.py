@@ -334,9 +334,16 @@ class TestChoice:
             for ffn in pair:
                 ffn(torch.randn(1, count, 12, generator=generator), None, None)
         assert len(pair[0].memory.picker.chosen) == 2, "tokens count as powers of two: 8 and 64"
+        chosen: dict[str, list[int]] = {}
+        for one, made in pair[0].memory.picker.chosen.items():
+            chosen.setdefault(made.backend, []).append(one.tokens)
         told = lines(pair)
-        assert len(told) == 2
-        assert told[0].startswith("sparse FFN, 5 of 24 blocks of 8 cells, width 12, 8 tokens, float32 on cpu: ")
+        assert len(told) == len(chosen), "one for each back end of the one shape, however many memories have it"
+        for line, (backend, tokens) in zip(told, chosen.items(), strict=True):
+            count = " to ".join(map(str, sorted(tokens)))
+            assert line.startswith(
+                f"sparse FFN, 5 of 24 blocks of 8 cells, width 12, float32 on cpu for {count} tokens: {backend} ("
+            )
 
     def test_a_forced_backend_is_used(self, generator, monkeypatch):
         monkeypatch.setitem(choice_backends(), "masked", lambda *given: torch.full((7, 12), 5.0))

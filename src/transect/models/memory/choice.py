@@ -7,7 +7,7 @@ cuda` ran on the machine: there the rule holds, which follows from what the back
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -51,11 +51,14 @@ class Case(NamedTuple):
         cells = self.active * self.block_size
         return self.block_size, self.blocks / self.active, cells, self.width, self.tokens
 
+    @property
+    def shape(self) -> str:
+        """All but the tokens, in words."""
+        blocks = f"{self.active} of {self.blocks} blocks of {self.block_size} cells"
+        return f"{blocks}, width {self.width}, {self.dtype} on {self.device}"
+
     def __str__(self) -> str:
-        return (
-            f"{self.active} of {self.blocks} blocks of {self.block_size} cells, width {self.width}, "
-            f"{self.tokens} tokens, {self.dtype} on {self.device}"
-        )
+        return f"{self.shape}, {self.tokens} tokens"
 
 
 class Measured(NamedTuple):
@@ -119,14 +122,23 @@ def choose(case: Case, table: Sequence[Measured]) -> Choice:
 
 
 def lines(model: nn.Module) -> list[str]:
-    """One line for each distinct choice that a model's memories have made so far; training prints them once."""
+    """One line for each shape and back end that a model's memories have chosen so far; who runs a model prints them."""
     pickers = [
         held for held in (getattr(module, "picker", None) for module in model.modules()) if isinstance(held, Picker)
     ]
-    found = (
-        f"sparse FFN, {case}: {chosen.backend} ({chosen.why})" for p in pickers for case, chosen in p.chosen.items()
-    )
-    return list(dict.fromkeys(found))
+    reasons: dict[tuple[str, str], dict[int, str]] = {}
+    for picker in pickers:
+        for case, chosen in picker.chosen.items():
+            reasons.setdefault((case.shape, chosen.backend), {})[case.tokens] = chosen.why
+    return [
+        f"sparse FFN, {shape} for {_range(whys)} tokens: {backend} ({whys[max(whys)]})"
+        for (shape, backend), whys in reasons.items()
+    ]
+
+
+def _range(counts: Iterable[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def user_path() -> Path:

@@ -30,9 +30,8 @@ def shared_out(run: Callable[[list[Piece]], Tensor], pieces: list[Piece], work: 
     """The sum of what `run` makes of the pieces, by as many threads as PyTorch may use, one core each.
 
     work: multiply-adds of one product with all pieces. All pieces of a block go to one thread, so that nothing is
-    written by two. While they run, PyTorch's own threads are
-    held to one: a product of a few hundred rows takes longer on two cores than on one. Sums depend on the number of
-    threads in their last digits, as in any product.
+    written by two. While they run, PyTorch's own threads are held to one: a product of a few hundred rows takes longer
+    on two cores than on one. Sums depend on the number of threads in their last digits, as in any product.
     """
     threads = torch.get_num_threads()
     small = threads > 1 and work >= WORTH and work < LARGE * len(pieces)
