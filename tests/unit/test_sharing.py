@@ -58,12 +58,21 @@ def test_a_failing_part_is_raised_and_threads_are_given_back():
     assert torch.get_num_threads() == 3
 
 
-def test_blocks_stay_together_and_parts_are_about_equal():
-    sizes = {0: [5, 5], 1: [1], 2: [40], 3: [3, 3, 3], 4: [20]}
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({0: [5, 5], 1: [1], 2: [40], 3: [3, 3, 3], 4: [20]}, [[0, 0, 1, 2], [3, 3, 3, 4]]),
+        ({0: [10], 1: [15, 15], 2: [5]}, [[0, 1, 1], [2]]),
+        ({0: [9, 9, 9]}, [[0, 0, 0]]),
+        ({}, [[]]),
+    ],
+)
+def test_blocks_stay_together_and_parts_are_about_equal(sizes: dict[int, list[int]], expected: list[list[int]]):
     pieces = [
-        tiles._Tile(block, 0, True, torch.arange(n), None, torch.zeros(n)) for block in sizes for n in sizes[block]
+        tiles._Tile(block, 0, True, torch.arange(count), None, torch.zeros(count))
+        for block, counts in sizes.items()
+        for count in counts
     ]
     parts = sharing._parts(pieces, 2)
-    assert [[piece.block for piece in part] for part in parts] == [[0, 0, 1, 2], [3, 3, 3, 4]]
+    assert [[piece.block for piece in part] for part in parts] == expected
     assert [piece for part in parts for piece in part] == pieces
-    assert sharing._parts([], 2) == [[]]
