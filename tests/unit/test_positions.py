@@ -5,7 +5,7 @@ import torch
 
 from copies import Copies
 from transect.models.config import RotaryConfig
-from transect.models.positions import rotary_angles
+from transect.models.positions import rotary_angles, rotate
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -31,3 +31,16 @@ def test_nothing_is_copied_to_the_device(scaling: dict | None):
         cos, _ = rotary_angles(RotaryConfig(scaling=scaling), 12, positions, torch.empty(0))
     assert cos.device.type == "meta" and cos.shape == (1, 1, 7, 12)
     assert not seen.copies
+
+
+def test_the_first_coordinates_turn_by_their_angles_and_the_rest_passes():
+    config = RotaryConfig(theta=50.0, fraction=0.4)
+    x = torch.randn(2, 3, 5, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([[0, 1, 2, 7, 11]])
+    turned = rotate(x, rotary_angles(config, 10, places, x))
+    assert torch.equal(turned[..., 4:], x[..., 4:])
+    for pair in range(2):
+        angle = places[0].double() * 50.0 ** (-2 * pair / 4)
+        first, second = x[..., pair], x[..., pair + 2]
+        torch.testing.assert_close(turned[..., pair], first * angle.cos() - second * angle.sin())
+        torch.testing.assert_close(turned[..., pair + 2], second * angle.cos() + first * angle.sin())
