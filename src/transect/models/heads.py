@@ -14,7 +14,6 @@ from transect.errors import InputError
 from transect.models.activations import Activation
 from transect.models.config import ModelConfig
 from transect.models.norms import norm
-from transect.models.penalties.base import loss_positions
 from transect.models.transformer import Numbers, TransectConfig, TransectModel, TransectPreTrainedModel, TrunkOutput
 
 IGNORED = -100
@@ -54,13 +53,16 @@ def output_of(trunk: TrunkOutput, logits: Tensor, main: Tensor | None, training:
     )
 
 
-def within_documents(labels: Tensor, documents: Tensor | None) -> Tensor:
-    """Labels of next tokens without those that begin another document."""
+def next_labels(labels: Tensor, documents: Tensor | None) -> Tensor:
+    """The label of the next position, [batch, positions]; the last position and the end of a document have none.
+
+    Labels are moved, not logits: a slice of those would be a copy of the largest tensor there is.
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     if documents is None:
-        return labels
-    begins = torch.zeros_like(labels, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return labels.masked_fill(begins, IGNORED)
+        return following
+    ends = F.pad(documents[:, 1:] != documents[:, :-1], (0, 1), value=True)
+    return following.masked_fill(ends, IGNORED)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -145,7 +147,7 @@ class TransectForCausalLM(_ForTokens, GenerationMixin):
         if labels is not None:
             if isinstance(logits_to_keep, Tensor) or logits_to_keep:
                 raise InputError("logits_to_keep goes without labels: the loss needs the logits of every position")
-            labels = within_documents(labels, document_ids)
+            labels = next_labels(labels, document_ids)
         trunk = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -156,7 +158,7 @@ class TransectForCausalLM(_ForTokens, GenerationMixin):
             document_ids=document_ids,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
-            loss_mask=None if labels is None else loss_positions(labels, causal=True),
+            loss_mask=None if labels is None else labels != IGNORED,
             step=step,
         )
         hidden = trunk.last_hidden_state
@@ -165,9 +167,7 @@ class TransectForCausalLM(_ForTokens, GenerationMixin):
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         logits = self.head(hidden)
-        main = None
-        if labels is not None:
-            main = cross_entropy(logits[:, :-1], labels[:, 1:])
+        main = None if labels is None else cross_entropy(logits, labels)
         output = output_of(trunk, logits, main, self.training)
         return output if return_dict is not False else output.to_tuple()
 
@@ -200,13 +200,11 @@ class TransectForMaskedLM(_ForTokens):
             inputs_embeds=inputs_embeds,
             document_ids=document_ids,
             output_hidden_states=output_hidden_states,
-            loss_mask=None if labels is None else loss_positions(labels, causal=False),
+            loss_mask=None if labels is None else labels != IGNORED,
             step=step,
         )
         logits = self.head(trunk.last_hidden_state)
-        main = None
-        if labels is not None:
-            main = cross_entropy(logits, labels)
+        main = None if labels is None else cross_entropy(logits, labels)
         output = output_of(trunk, logits, main, self.training)
         return output if return_dict is not False else output.to_tuple()
 
