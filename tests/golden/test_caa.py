@@ -442,6 +442,79 @@ def test_contexts_are_what_the_table_says(layout, residual):
         torch.testing.assert_close(contexts(made, x), wanted, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("attention", [{}, {"qk_norm": "head", "kv_heads": 2}, {"qk_norm": "full"}])
+def test_raw_pairs_with_maps_of_their_own(attention):
+    """Maps equal to the contexts' own are the shared ones, rotation and norms included; else each map has its say."""
+    changes = {"attention": BASE["attention"] | attention, "layers": 1}
+    shared = model(caa(outer_ratio=0.5), TransectModel, **changes)
+    made = model(caa(outer_ratio=0.5, shared_kv=False), TransectModel, **changes)
+    attn = made.layers[0].attn
+    with torch.no_grad():
+        for norm in (shared.layers[0].attn.k_norm, shared.layers[0].attn.q_norm):
+            if norm is not None:
+                norm.weight.copy_(torch.linspace(0.5, 2, norm.weight.numel()))
+    assert not made.load_state_dict(shared.state_dict(), strict=False).unexpected_keys
+    attn.own_k.load_state_dict(attn.k.state_dict())
+    attn.own_v.load_state_dict(attn.v.state_dict())
+    wanted = shared(input_ids=ids()).last_hidden_state
+    torch.testing.assert_close(made(input_ids=ids()).last_hidden_state, wanted, atol=1e-12, rtol=1e-12)
+    for changed, first in ((attn.own_k, 1), (attn.own_v, 0)):  # row 0 has nothing but its own pair: no key matters
+        with torch.no_grad():
+            changed.weight.neg_()
+        moved = (made(input_ids=ids()).last_hidden_state - wanted).detach().abs().amax((0, 2))
+        assert float(moved[first:].min()) > 1e-4 and float(moved[:first].sum()) < 1e-12
+        with torch.no_grad():
+            changed.weight.neg_()
+
+
+def test_dropout_reaches_what_the_inner_ffn_adds_but_not_the_stream():
+    x = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    options = caa(outer_ratio=0.5, inner_norm="none", direct_path="none")
+    made = model(options, TransectModel, layers=1, norm={"layout": "post"}, dropout=0.5)
+    whole = contexts(made, x) - x
+    made.layers[0].train()  # the embedding's own dropout stays off
+    drawn = contexts(made, x) - x
+    lost = drawn.abs() < 1e-12
+    assert 0.3 < float(lost.double().mean()) < 0.7
+    torch.testing.assert_close(drawn[~lost], 2 * whole[~lost], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layout", "place"),
+    [("post", "post"), ("pre", "attn"), ("sandwich", "attn"), ("branch", "none"), ("none", "none")],
+)
+def test_where_contexts_are_normed_if_nothing_is_said(layout, place):
+    x = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    shape = {"layers": 1, "norm": {"layout": layout}}
+    default, said = (
+        contexts(model(caa(outer_ratio=0.5, **given), TransectModel, **shape), x)
+        for given in ({}, {"inner_norm": place})
+    )
+    assert torch.equal(default, said)
+
+
+def test_without_an_outer_ffn_a_post_norm_layer_may_keep_its_second_norm():
+    options = caa(outer_ratio=0, drop_outer_norm_at_r0=False)
+    kept = model(options, TransectModel, layers=1, norm={"layout": "post"})
+    norm = kept.layers[0].outer_norm
+    bare = model(caa(outer_ratio=0), TransectModel, layers=1, norm={"layout": "post"})
+    assert bare.load_state_dict(kept.state_dict(), strict=False).unexpected_keys == [
+        f"layers.0.outer_norm.{name}" for name, _ in norm.named_parameters()
+    ]
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, WIDTH))
+    found, before = (x(input_ids=ids()).last_hidden_state for x in (kept, bare))
+    torch.testing.assert_close(found, norm(before), atol=1e-12, rtol=1e-12)
+    assert float((found - before).detach().abs().max()) > 0.1
+
+
+def test_a_hash_inside_is_drawn_apart_from_the_one_outside():
+    ffn = {"kind": "sparse", "blocks": 24, "active_blocks": 8, "block_size": 3, "selector": "rand_hash"}
+    made = model(caa(outer_ratio=0.5), TransectModel, ffn=ffn)
+    tables = [part.selector.table for layer in made.layers for part in (layer.ffn, layer.attn.inner)]
+    assert len({tuple(table.flatten().tolist()) for table in tables}) == len(tables) == 4
+
+
 def test_a_mixture_inside_leaves_the_ffn_outside_whole_and_returns_its_losses():
     mixture = {"kind": "sparse", "blocks": 7, "active_blocks": 1, "block_size": 5, "selector": "switch"}
     made = model(caa(inner=mixture, direct_path="masked")).train()

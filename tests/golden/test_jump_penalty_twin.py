@@ -189,6 +189,14 @@ def test_attached_equals_a_hand_loop(name: str, dtype: torch.dtype, generator: t
         torch.testing.assert_close(mine, theirs, rtol=bound, atol=bound * scale)
 
 
+def test_a_mask_of_numbers_as_tokenizers_give_it(generator: torch.Generator):
+    view, (ids, mask) = view_of("gpt2", torch.float32, LAYERS), inputs(generator)
+    with tx.penalties.Jump.attach(view, strength=0.25) as jump:
+        view.model(ids)
+        assert torch.equal(jump.loss(mask.long()), jump.loss(mask))
+        assert not torch.equal(jump.loss(mask), jump.loss())
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, "gptj", "mixtral", "gemma2"])
 @pytest.mark.parametrize("final_state", ["pre_norm", "post_norm"])
 @pytest.mark.parametrize("shape", ["half_one_minus_cos", "one_minus_cos", "arccos_over_pi"])

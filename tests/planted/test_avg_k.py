@@ -9,7 +9,7 @@ from torch import Tensor
 from transect import registry
 from transect.models.memory.memory import Memory
 from transect.models.selectors._balance import balance_loss, counts, load_statistics
-from transect.models.selectors._capacity import capacity, within_capacity
+from transect.models.selectors._capacity import within_capacity
 from transect.models.selectors._product_keys import best_pairs
 from transect.models.selectors.base import Selection, Selector, Shape
 
@@ -153,7 +153,6 @@ def test_t9_balance_loss_of_a_router() -> None:
 
 
 def test_t10_capacity() -> None:
-    assert capacity(1.0, 4, 1, 2) == 2
     blocks, kept = P.argmax(1, keepdim=True), P.max(1, keepdim=True).values
     everything = torch.ones(4, 1, dtype=torch.bool)
     assert within_capacity(blocks, kept, everything, 1.0, 2, "order").tolist() == [[True], [True], [False], [True]]

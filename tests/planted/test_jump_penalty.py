@@ -351,6 +351,14 @@ def test_cuts_into_micro_batches_add_up(generator: torch.Generator):
         torch.testing.assert_close(value.float(), penalty.stats(whole_sums)[name], rtol=1e-6, atol=1e-5)
 
 
+def test_sums_of_many_parts_keep_their_digits():
+    """2^24 + 1 is no float32: the last part would be lost."""
+    sizes = [(2.0**24, 5), (1.0, 2)]
+    parts = [[LayerSums(torch.tensor([size, 1.0, 1.0, 1.0]), torch.tensor(count))] for size, count in sizes]
+    whole = combined(parts)[0]
+    assert whole.values[0].item() == 2**24 + 1 and whole.count == 7
+
+
 @pytest.mark.parametrize("settings", [{}, {"hinge": True}, {"stop_grad": "prev"}])
 def test_checkpointed_regions_change_no_bit(settings: dict, generator: torch.Generator):
     layers, penalty = stack(generator), jump(**settings)

@@ -48,6 +48,17 @@ def test_both_ffns_of_a_layer_count_as_ffn():
         np.testing.assert_allclose(whole, total, rtol=0, atol=1e-10)
 
 
+def test_two_ffns_added_at_once_are_one_step_of_the_ffn():
+    view = View(own_model("moe_before_ffn/parallel"))
+    table = tx.measure(view, [contribution(estimators=("lens_loss",))], text(61))
+    steps = table.where(variant="causal/increment")
+    assert [(row.element, row.part) for row in steps] == [("attn", None), ("ffn", "ffn+ffn2")] * view.num_layers
+    own = {part: sum(row.value for row in steps if row.element == part) for part in ("attn", "ffn")}
+    for part, total in own.items():
+        whole = value(table, variant="causal/cumulative", element=part, layer=view.num_layers - 1)
+        np.testing.assert_allclose(whole, total, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("name", "element", "weight"),
     [("residual/number", "ffn", -1.3), ("residual/number_post", "attn", 0.7), ("residual/number_post", "ffn", 1.9)],

@@ -114,6 +114,13 @@ def test_a_causal_position_sees_half_and_a_window_less():
     assert "scores" not in [part.name for part in budget(settings(), 0).parts]
 
 
+def test_a_window_counts_in_each_layer_that_uses_the_weights():
+    narrow = {"layers": [1], "set": {"attention": {"heads": HEADS, "window": 5}}}
+    found = budget(settings(share=[0, 0, 1], overrides=[narrow]), LENGTH).part("scores").flops
+    seen = 2 * keys_seen(LENGTH, None, True) + keys_seen(LENGTH, 5, True)
+    assert found == pytest.approx(4 * WIDTH * seen, rel=1e-12)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 13, 40])
 def test_keys_seen_is_what_the_mask_says(causal: bool, window: int | None):
@@ -294,3 +301,9 @@ def test_wrong_questions_are_refused():
         budget(settings(), dtype="int8")
     with pytest.raises(InputError, match=r"^context is -1; it must be 0 or more$"):
         budget(settings(), -1)
+    with pytest.raises(InputError, match=r"^keys is 'some'; it must be seen or all$"):
+        budget(settings(), keys="some")  # type: ignore[arg-type]
+    with pytest.raises(
+        InputError, match=r"^cannot count a Recipe; give a ModelConfig \(of a recipe: its model\) or a "
+    ):
+        budget(recipes.load("llama-1m"))  # type: ignore[arg-type]

@@ -298,6 +298,12 @@ class TestChoice:
         assert choose(case(tokens=128, blocks=128), self.TABLE).backend == "masked"
         assert choose(case(dtype="bfloat16", active=8), self.TABLE).backend == "gather"
 
+    def test_of_two_near_shapes_the_nearer_counts(self):
+        near = (Measured(case(), {"grouped": 1.0}), Measured(case(tokens=512), {"masked": 1.0}))
+        assert choose(case(tokens=600), near).backend == "masked"
+        assert choose(case(tokens=1800), near).backend == "grouped"
+        assert choose(case(tokens=8192, width=512), near).why == f"measured at {case()}"  # each feature by itself
+
     def test_of_nearly_equal_ones_that_which_keeps_least(self):
         close = (Measured(case(), {"reference": 1.0, "masked": 1.03, "grouped": 1.06}),)
         assert choose(case(), close).backend == "masked"

@@ -50,6 +50,21 @@ def test_the_nearest_of_all_sizes_is_found(by: Any, free: Any):
     assert number(size) == found.value and found.difference == found.value / found.target - 1
 
 
+def test_of_two_equally_near_sizes_the_smaller_is_taken():
+    """Three rows of the embedding are half a unit of three layers: 3 d of 6 d."""
+    variant = settings(ffn={"bias": False})
+    found = match(variant, variant.but(vocab_size=100))
+    one_more = budget(variant.but(ffn={"bias": False, "width": 97})).parameters
+    assert found.changes == {"ffn.width": 96} and one_more - found.target == found.target - found.value == 3 * 24
+
+
+def test_the_context_is_the_baselines_unless_given():
+    variant, baseline = settings(max_positions=7, layers=2), settings()
+    found = match(variant, baseline, by="flops")
+    assert found.target == budget(baseline, 31).flops and found.value == budget(found.settings, 31).flops
+    assert match(variant, baseline, by="flops", context=13).target == budget(baseline, 13).flops
+
+
 def test_a_width_is_divided_by_heads_and_blocks():
     """A quarter of it must be whole in twelve heads of even width, and blocks of 32 must divide four times it."""
     sparse = {"kind": "sparse", "block_size": 32, "expansion": 4}
@@ -72,6 +87,12 @@ def test_blocks_of_a_sparse_ffn():
     assert active.changes == {"ffn.active_blocks": 30} and active.settings.ffn.blocks == 90
     flops = match(settings(ffn=ffn | {"blocks": 90}), baseline, by="flops", tolerance=0.02)
     assert flops.changes["ffn.active_blocks"] == 24  # choosing among 90 costs 2 d 90, a block 4 d 8
+
+
+def test_a_memory_given_by_its_width_is_matched_by_its_blocks():
+    ffn = {"kind": "sparse", "block_size": 8, "width": 128, "active_blocks": 3}
+    found = match(settings(ffn=ffn), settings(ffn={"multiple": 10, "bias": False}))
+    assert (found.settings.ffn.blocks, found.settings.ffn.width, found.difference) == (30, None, 0)
 
 
 def test_ffns_of_overrides_are_the_ones_that_change():
@@ -100,6 +121,22 @@ def test_what_cannot_be_matched_is_one_line():
         sparse = {"kind": "sparse", "block_size": 8, "blocks": blocks}
         with pytest.raises(InputError, match=f"active_blocks={blocks} comes nearest"):
             match(settings(ffn=sparse), settings(layers=40), by="active")
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"by": "params"}, "by is 'params'; allowed are parameters, active, flops"),
+        ({"free": "heads"}, "free is 'heads'; allowed are ffn, width, layers"),
+        ({"variant": "llama-1m"}, "variant is a str; give a ModelConfig (of a recipe: its model)"),
+        ({"baseline": {"width": 24}}, "baseline is a dict; give a ModelConfig (of a recipe: its model)"),
+    ],
+    ids=lambda given: str(given)[:30],
+)
+def test_wrong_arguments_are_one_line(given: dict[str, Any], line: str):
+    with pytest.raises(InputError) as refused:
+        match(**{"variant": settings(), "baseline": settings()} | given)
+    assert str(refused.value) == line
 
 
 def test_large_models_take_no_memory_and_little_time():

@@ -11,7 +11,7 @@ from transect.models.config import ModelConfig
 from transect.models.heads import TransectForCausalLM
 from transect.view import edits
 from transect.view.commit import Changes, Removal, commit
-from transect.view.own import moved
+from transect.view.own import heads_of, moved
 from transect.view.view import View
 
 PENALTIES = [{"weights": [0.1, 0.2, 0.7]}, {"weights": "last_k", "k": 3}, {"weights": "uniform"}]
@@ -36,6 +36,13 @@ def test_layers_of_a_model_with_penalties_can_be_removed(penalty: dict, generato
     assert view.model.config.architecture == before
     with torch.no_grad():
         assert "jump" in view.model(ids, labels=ids).losses
+
+
+def test_heads_are_those_of_the_layer_in_the_place():
+    fewer = {"layers": [1], "set": {"attention": {"heads": 2}}}
+    for share, heads in ((None, [3, 2, 3, 3]), ([0, 1, 0, 2], [3, 2, 3, 3]), ([0, 0, 1], [3, 3, 2, 3])):
+        model = TransectForCausalLM.make(ModelConfig.parse(BASE | {"layers": 4, "share": share, "overrides": [fewer]}))
+        assert [heads_of(model, place) for place in range(4)] == heads
 
 
 def test_moved_settings_have_no_penalties():

@@ -117,6 +117,33 @@ def test_pkm_uses_both_halves_and_either_coefficient() -> None:
         assert bool((found.weights == 1).all())
 
 
+@pytest.mark.parametrize(
+    ("gate", "scale", "factor"),
+    [
+        ("softmax_all", "none", 1),
+        ("softmax_all", "times_B", 15),
+        ("softmax_kept", "times_b", 4),
+        ("sigmoid", "none", 1),
+    ],
+)
+def test_gates_of_pkm_ffn_are_those_of_all_pairs(gate: str, scale: str, factor: int) -> None:
+    rule = made("pkm_ffn", Shape(8, 15, 1, 4, VOCAB, 0), pkm_dim=6, gate=gate, gate_scale=scale)
+    for half in (rule.keys.first, rule.keys.second):
+        half.data.copy_(noise(*half.shape))  # the first scores would be nearly equal
+    x = noise(TOKENS, 8)
+    first, second = rule.keys(x)
+    every = (first[:, :, None] + second[:, None]).flatten(1)
+    kept = every.topk(4)
+    weights = {
+        "softmax_all": every.softmax(-1).gather(1, kept.indices),
+        "softmax_kept": kept.values.softmax(-1),
+        "sigmoid": kept.values.sigmoid(),
+    }[gate]
+    found = rule(x, Memory(8, 15, 1))
+    assert found.blocks.tolist() == kept.indices.tolist()
+    torch.testing.assert_close(found.weights, factor * weights)
+
+
 def test_lorkm_scores_with_the_product_of_two_thin_maps() -> None:
     memory = Memory(WIDTH, BLOCKS, 1, with_keys=False)
     rule = made("lorkm", Shape(WIDTH, BLOCKS, 1, ACTIVE, VOCAB, 0), lork_rank=2)
@@ -157,6 +184,13 @@ def test_block_scores() -> None:
     assert len(set(matches.int().argmax(-1).tolist())) > 1  # not the same place in every block
     torch.testing.assert_close(drawn, scores(block_score="random_key"))
     assert (drawn - scores(block_score="random_key", seed=1)).abs().max() > 1e-3
+
+
+def test_drawn_cells_differ_from_layer_to_layer() -> None:
+    def drawn(layer: int) -> Tensor:
+        return made("avg_k", Shape(WIDTH, BLOCKS, SIZE, ACTIVE, VOCAB, layer), block_score="random_key").drawn
+
+    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
 
 
 def test_vanilla_ranks_by_what_it_is_told() -> None:
@@ -381,6 +415,12 @@ def brute_capacity(blocks: Tensor, scores: Tensor, wanted: Tensor, room: int, dr
     return kept.tolist()
 
 
+def test_a_capacity_loses_no_token_to_rounding() -> None:
+    blocks = torch.zeros(200, 1, dtype=torch.long)
+    everything = torch.ones(200, 1, dtype=torch.bool)
+    assert int(within_capacity(blocks, blocks.double(), everything, 1.15, 2, "order").sum()) == 115
+
+
 @pytest.mark.parametrize("drop", ["order", "choice", "score"])
 @pytest.mark.parametrize("factor", [1.0, 1.3, 20.0])
 def test_capacity_equals_a_plain_loop(drop: str, factor: float) -> None:
@@ -405,6 +445,16 @@ def test_capacity_in_training_and_outside() -> None:
     assert dropped(True) and dropped(False)
     assert dropped(True, eval_capacity=None) and not dropped(False, eval_capacity=None)
     assert not dropped(False, eval_capacity=50.0)
+
+
+def test_balance_is_judged_before_drops() -> None:
+    """Blocks that are cut to equal size would hide how uneven the choice was."""
+    memory, x = Memory(WIDTH, BLOCKS, SIZE), noise(TOKENS, WIDTH)
+    cut, whole = made("switch", capacity=1.0), made("switch")
+    cut.router.weight.data.copy_(whole.router.weight)
+    found, wanted = cut(x, memory), whole(x, memory)
+    assert found.stats["drop_fraction"] > 0
+    assert torch.equal(found.losses["balance"], wanted.losses["balance"])
 
 
 # --- gshard ---
@@ -466,6 +516,15 @@ def test_every_block_takes_equally_many_tokens(capacity: float) -> None:
     torch.testing.assert_close(found.weights, probability.gather(1, found.blocks.clamp_min(0)) * kept)
     assert found.blocks.shape[1] == kept.sum(1).max()
     assert found.stats["largest_load"].item() == pytest.approx(1)
+
+
+def test_noise_of_expert_choice_is_in_training_only() -> None:
+    rule, memory = made("expert_choice", router_noise=0.5, accept_leak=True), Memory(WIDTH, BLOCKS, SIZE)
+    rule.router.weight.data.copy_(torch.eye(BLOCKS, WIDTH))
+    ones = torch.ones(997, WIDTH)
+    drawn = rule(ones, memory).scores[:, :WIDTH]
+    assert 0.5 <= drawn.min() < 0.51 and 1.49 < drawn.max() <= 1.5
+    assert bool((rule.eval()(ones, memory).scores[:, :WIDTH] == 1).all())
 
 
 def test_ties_of_expert_choice_go_to_the_earlier_token() -> None:

@@ -16,6 +16,7 @@ from transect.models.config import LayerConfig, ModelConfig
 from transect.models.ffn.base import FFN
 from transect.models.ffn.sparse import Sparse
 from transect.models.selectors.base import Selector
+from transect.models.transformer import TransectPreTrainedModel
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 ADAMW_BYTES = 28
@@ -119,9 +120,15 @@ def budget(
     usual MFU count. context defaults to `max_positions`; 0 leaves attention's products out.
     Active: of a sparse FFN's memory only the blocks that a token gets, selectors whole. Read: of a lookup table one
     row, unless the head reads it too; for a selector without weights of its own the keys that it scores.
-    Raises InputError for an unknown dtype, a negative context, and a module whose matrices nothing accounts for.
+    Raises InputError for another argument, and for a module whose matrices nothing accounts for.
     Source: Avg-K 3.6, FFN-Wider section 6 (T6, T7). Cost: building the modules, about 4 ms a layer.
     """
+    if not isinstance(model, (ModelConfig, TransectPreTrainedModel)):
+        raise InputError(
+            f"cannot count a {type(model).__name__}; give a ModelConfig (of a recipe: its model) or a model"
+        )
+    if keys not in ("seen", "all"):
+        raise InputError(f"keys is {keys!r}; it must be seen or all")
     if dtype not in BYTES:
         raise InputError(f"dtype is {dtype!r}; known are {', '.join(BYTES)}")
     if context is not None and context < 0:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from math import lcm
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transect.errors import InputError
 from transect.models.budget import Budget, budget
@@ -54,9 +54,15 @@ def match(
     parameters or FLOPs the active ones), in the overrides that have an FFN where there are any; `width` of the stream,
     the number of heads kept; or `layers`. Sizes that cannot be built, because heads or blocks do not divide them, are
     passed over. Of two equally near the smaller is taken.
-    Raises InputError where no size comes within `tolerance` (relative) or the settings have none to change.
+    Raises InputError for another argument, where no size comes within `tolerance` (relative), or none can change.
     Cost: about twenty models on the meta device.
     """
+    for name, given in (("variant", variant), ("baseline", baseline)):
+        if not isinstance(given, ModelConfig):
+            raise InputError(f"{name} is a {type(given).__name__}; give a ModelConfig (of a recipe: its model)")
+    for name, given, allowed in (("by", by, get_args(By)), ("free", free, get_args(Free))):
+        if given not in allowed:
+            raise InputError(f"{name} is {given!r}; allowed are {', '.join(allowed)}")
     context = baseline.max_positions if context is None else context
     target = number_of(budget(baseline, context), by)
     search = _Search(variant, by, free, context)

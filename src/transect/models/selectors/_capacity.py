@@ -1,6 +1,5 @@
 """A block that takes only so many tokens: which of them it keeps."""
 
-import math
 from typing import Literal
 
 import torch
@@ -9,17 +8,13 @@ from torch import Tensor
 Drop = Literal["order", "choice", "score"]
 
 
-def capacity(factor: float, tokens: int, active: int, blocks: int) -> int:
-    """int(c ceil(N b / B)), the tokens that one block takes. Source: Avg-K 3.4."""
-    return int(factor * math.ceil(tokens * active / blocks))
-
-
 def within_capacity(blocks: Tensor, scores: Tensor, wanted: Tensor, factor: float, total: int, drop: Drop) -> Tensor:
     """Which pairs of token and slot a block keeps; True in [tokens, b].
 
-    Only pairs with `wanted` [tokens, b] compete, and only tokens that want any count as tokens. A block keeps the
-    first: by `order` of the tokens; by `choice`, first choices of all tokens before second ones; by `score` [tokens,
-    b], the highest, then by order. Cost: a sort of the pairs, nothing is read back from the device.
+    A block takes floor(factor ceil(N b / B)) of N tokens. Only pairs with `wanted` [tokens, b] compete, and only tokens
+    that want any count as tokens. A block keeps the first: by `order` of the tokens; by `choice`, first choices of all
+    tokens before second ones; by `score` [tokens, b], the highest, then by order. Source: Avg-K 3.4. Cost: a sort of
+    the pairs, nothing is read back from the device.
     """
     tokens, active = blocks.shape
     places = torch.arange(tokens * active, device=blocks.device)
@@ -31,7 +26,8 @@ def within_capacity(blocks: Tensor, scores: Tensor, wanted: Tensor, factor: floa
     owner, order = owner.sort(stable=True)
     first = torch.searchsorted(owner, owner)
     rank = torch.arange(len(owner), device=blocks.device) - first
-    room = (torch.ceil(wanted.any(1).sum().double() * active / total) * factor).floor()
+    even = torch.ceil(wanted.any(1).sum().double() * active / total)
+    room = (even * factor + 1e-9).floor()  # 1.15 * 100 is a little less than 115
     kept = torch.zeros_like(owner, dtype=torch.bool)
     kept[places[order]] = (rank < room) & (owner < total)
     return kept.view(tokens, active)

@@ -66,7 +66,8 @@ class ExpertChoice(Selector):
 
     def _taken(self, ranked: Tensor, tokens: int) -> Tensor:
         """Which block takes which token, True in [tokens, blocks]; `tokens` of them are real."""
-        each = min(tokens, math.ceil(self.config.capacity * tokens * self.shape.active / self.shape.blocks))
+        even = self.config.capacity * tokens * self.shape.active / self.shape.blocks
+        each = min(tokens, math.ceil(even - 1e-9))  # 1.1 * 10 / 11 is a little more than 1
         taken = torch.zeros_like(ranked, dtype=torch.bool)
         if each:
             taken.t().scatter_(1, best(ranked.t(), each).indices, True)
