@@ -147,6 +147,51 @@ def show(
 
 
 @app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or file; with --resume also a run folder.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The run folder.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of `transect data prepare`, or builtin.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Setting, as in train.steps=1000.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop, evaluated and saved, after so long.")] = None,
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume_from: Annotated[int | None, typer.Option(help="Go on from the checkpoint of this step.")] = None,
+) -> None:
+    """Pre-train a recipe on a prepared corpus; under `torchrun` on many processes."""
+    from transect.train.command import Request, train_recipe
+
+    request = Request(
+        recipe=recipe,
+        output=output,
+        data=data,
+        settings=tuple(set_ or ()),
+        max_minutes=max_minutes,
+        device=device,
+        resume=resume,
+        resume_from=resume_from,
+    )
+    outcome = train_recipe(request)
+    if outcome.reason == "stopped":
+        raise typer.Exit(_INTERRUPTED)
+
+
+@app.command()
+def watch(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders of `transect train`; several are overlaid.", metavar="RUN...")
+    ],
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds until it is drawn again.")] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Draw once; so it is where there is no terminal.")] = False,
+) -> None:
+    """Draw losses, learning rate and speed of training runs in the terminal, until they are done or Ctrl-C."""
+    from rich.console import Console
+
+    from transect.train.watch import watch as watch_runs
+
+    watch_runs(runs, every, once, Console())
+
+
+@app.command()
 def tune(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="File for the table. Default: where models look for it.")
@@ -185,6 +230,73 @@ def fetch(
     from transect.data.material import fetch as fetch_model
 
     typer.echo(f"{name} is in {fetch_model(name, output, archive)}")
+
+
+corpora = typer.Typer(help="Prepare text for pre-training and look at it.", rich_markup_mode=None)
+app.add_typer(corpora, name="data")
+
+
+@corpora.command()
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="[SPLIT/DOMAIN=]PATH of text, JSONL, Parquet or a folder; builtin; hf:NAME[:CONFIG[:SPLIT]]. "
+            "Splits: train, valid, ood, train+valid.",
+            metavar="SOURCE...",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder of the corpus.")],
+    text_column: Annotated[str, typer.Option(help="Column of a record's text.")] = "text",
+    domain_column: Annotated[str | None, typer.Option(help="Column of a record's domain.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Read hf: sources from the network as they come.")] = False,
+    valid_fraction: Annotated[
+        float | None, typer.Option(help="Share of documents for valid. Default: 0.01; 0 beside a valid source.")
+    ] = None,
+    normalise: Annotated[bool, typer.Option(help="NFC, one kind of line end, no control characters.")] = True,
+    deduplicate: Annotated[bool, typer.Option(help="Leave copies and near copies of valid and ood out.")] = True,
+    keep_repeats: Annotated[bool, typer.Option("--keep-repeats", help="Keep equal documents of train.")] = False,
+    near_share: Annotated[float, typer.Option(help="Share of 13-word sequences that makes a near copy.")] = 0.5,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder, tokenizer.json or hub id. Default: learn one.")] = None,
+    tokenizer_kind: Annotated[str | None, typer.Option(help="bpe, wordpiece or characters. Default: bpe.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Most tokens of the one learned. Default: 8192.")] = None,
+    lower_case: Annotated[bool | None, typer.Option("--lower-case", help="Of wordpiece: fold case.")] = None,
+    skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="Leave such files out, listed.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes; change nothing but speed. Default: all CPUs.")] = None,
+    shard_tokens: Annotated[int | None, typer.Option(help="Tokens in a file. Default: 2^26.")] = None,
+) -> None:
+    """Text into a folder of token ids with train, valid and out-of-distribution splits; goes on when repeated."""
+    from transect.data.preparing import prepare_text
+
+    given = {
+        "sources": sources,
+        "text_column": text_column,
+        "domain_column": domain_column,
+        "stream": stream,
+        "valid_fraction": valid_fraction,
+        "normalise": normalise,
+        "deduplicate": deduplicate,
+        "keep_repeats": keep_repeats,
+        "near_share": near_share,
+        "tokenizer": tokenizer,
+        "tokenizer_kind": tokenizer_kind,
+        "vocab_size": vocab_size,
+        "lower_case": lower_case,
+        "shard_tokens": shard_tokens,
+    }
+    prepare_text(output, given, workers, skip_unreadable)
+
+
+@corpora.command(name="show")
+def show_corpus(
+    path: Annotated[Path, typer.Argument(help="A folder of `transect data prepare`.", metavar="DIR")],
+    samples: Annotated[int, typer.Option(help="Domains of each split of which a text is shown.")] = 3,
+) -> None:
+    """Print how much text each split and domain has, what was left out, and the beginnings of some texts."""
+    from transect.data.preparing import show as show_folder
+
+    show_folder(path, samples)
 
 
 _INTERRUPTED = 130

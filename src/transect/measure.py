@@ -1,11 +1,8 @@
 """The one driver of every probe: each batch goes through the model once, and every probe sees it layer by layer."""
 
 import importlib.metadata
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,6 +16,7 @@ from transect.interventions import outcomes
 from transect.plan import Pass, Plan, Stage, make
 from transect.probes.base import Probe, Setting, Sight
 from transect.results import Row, Table
+from transect.stopping import stoppable
 from transect.view.capture import Seen, stream
 from transect.view.checkpoints import step_of
 from transect.view.view import View
@@ -67,7 +65,7 @@ def _carry_out(plan: Plan, folder: runs.RunFolder | None, progress: Progress | N
     if saved is not None:
         plan = _as_before(plan, saved["free"])
     keeper = _Keeper(plan, folder, saved)
-    with _stoppable() as stopped:
+    with stoppable() as stopped:
         for number in range(keeper.number, len(plan.passes)):
             keeper.number = number
             _run_pass(plan, plan.passes[number], keeper, progress, stopped)
@@ -310,27 +308,6 @@ def _code() -> str:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-@contextmanager
-def _stoppable() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask the run to stop after the batch it is in; a second Ctrl-C stops at once."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def ask(number: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 __all__ = ["Dataset", "measure", "run"]

@@ -1,7 +1,7 @@
 """Probe options from the command line: `probe.option=value`, checked against the probe's fields."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 
 import yaml
@@ -23,13 +23,25 @@ def configured(names: Iterable[str], settings: Sequence[str]) -> list[Probe]:
             raise InputError(f"--set {setting!r} does not fit; write probe.option=value, as in nonlinearity.ridge=0")
         if name not in classes:
             raise InputError(f"--set {setting!r}: probe {name!r} is not measured; measured are {', '.join(classes)}")
-        known = [field.name for field in fields(classes[name])]
-        if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"{name} has no option {option!r}; its options are {', '.join(known)}{hint}")
+        _check_option(classes[name], name, option)
         values[name][option] = _parsed(text)
     return [_made(classes[name], name, given) for name, given in values.items()]
+
+
+def made(name: str, given: Mapping[str, object]) -> Probe:
+    """The probe with these options; raises InputError for an unknown probe or option, or a value that does not fit."""
+    kind = registry.load("transect.probes", name, Probe)
+    for option in given:
+        _check_option(kind, name, option)
+    return _made(kind, name, dict(given))
+
+
+def _check_option(kind: type[Probe], name: str, option: str) -> None:
+    known = [field.name for field in fields(kind)]
+    if option not in known:
+        close = difflib.get_close_matches(option, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"{name} has no option {option!r}; its options are {', '.join(known)}{hint}")
 
 
 def _parsed(text: str) -> object:

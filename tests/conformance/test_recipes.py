@@ -89,7 +89,8 @@ def test_tiny_twin_learns(name: str):
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(5, 97, (4, LENGTH), generator=generator)
     labels = ids if model.settings.causal else ids.where(torch.rand(ids.shape, generator=generator) < 0.5, -100)
-    output = model(input_ids=ids, labels=labels)
+    pairs = {"next_sentence_label": torch.tensor([0, 1, 1, 0])} if model.settings.head.next_sentence else {}
+    output = model(input_ids=ids, labels=labels, **pairs)
     assert output.logits.shape == (4, LENGTH, 97)
     assert abs(output.losses["main"].item() - math.log(97)) < 0.5
     assert torch.isfinite(output.loss) and output.loss >= output.losses["main"]

@@ -33,18 +33,26 @@ def documents(file: Path) -> Iterator[str]:
 
     Raises InputError when the file cannot be read, is not UTF-8, is blank, or a record has no text.
     """
+    return (text for text, _ in records(file))
+
+
+def records(file: Path, text: str = "text", label: str | None = None) -> Iterator[tuple[str, str | None]]:
+    """Each document with its label: columns `text` and `label` of its record; a text file is one without a label.
+
+    Raises InputError as `documents` does, and when a record has no label where one is asked for.
+    """
     name = file.name.lower()
     with _readable(file):
         if name.endswith(".parquet"):
-            yield from _parquet(file)
+            yield from _parquet(file, text, label)
         elif name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _records(file)
+            yield from _records(file, text, label)
         else:
             with _open(file) as handle:
-                text = handle.read()
-            if not text.strip():
+                content = handle.read()
+            if not content.strip():
                 raise InputError(f"{file} is empty; give a file with text")
-            yield text
+            yield content, None
 
 
 def _hidden(file: Path, folder: Path) -> bool:
@@ -69,23 +77,35 @@ def _open(file: Path) -> TextIO:
     return file.open(encoding="utf-8-sig")
 
 
-def _records(file: Path) -> Iterator[str]:
+def _records(file: Path, column: str, label: str | None) -> Iterator[tuple[str, str | None]]:
     with _open(file) as handle:
         for number, line in enumerate(handle, start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise InputError(f"line {number} of {file} is not JSON; give one JSON record a line") from error
-            text = record.get("text") if isinstance(record, dict) else None
+            text = record.get(column) if isinstance(record, dict) else None
             if not isinstance(text, str):
-                raise InputError(f'line {number} of {file} has no "text" string; give records {{"text": "..."}}')
+                raise InputError(
+                    f'line {number} of {file} has no "{column}" string; give records {{"{column}": "..."}}'
+                )
             if text.strip():
-                yield text
+                yield text, label_of(record, label, f"line {number} of {file}")
 
 
-def _parquet(file: Path) -> Iterator[str]:
+def label_of(record: dict, label: str | None, where: str) -> str | None:
+    """The record's label as text; raises InputError when it has none that is a word or a whole number."""
+    if label is None:
+        return None
+    value = record.get(label)
+    if not isinstance(value, str | int) or isinstance(value, bool) or not str(value).strip():
+        raise InputError(f'{where} has no label in "{label}"; give every record one, or another --domain-column')
+    return str(value).strip()
+
+
+def _parquet(file: Path, column: str, label: str | None) -> Iterator[tuple[str, str | None]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -94,11 +114,14 @@ def _parquet(file: Path) -> Iterator[str]:
     except pa.ArrowException as error:
         raise InputError(f"{file} is not a Parquet file; give another file") from error
     with table:
-        if "text" not in table.schema_arrow.names:
-            raise InputError(f'{file} has no column "text"; rename the column of the text')
-        for batch in table.iter_batches(columns=["text"], batch_size=1024):
-            for text in batch.column(0).to_pylist():
+        for name, what in ((column, "text"), (label, "label")):
+            if name is not None and name not in table.schema_arrow.names:
+                raise InputError(f'{file} has no column "{name}"; rename the column of the {what}')
+        columns = [column] if label is None else [column, label]
+        for batch in table.iter_batches(columns=columns, batch_size=1024):
+            for record in batch.to_pylist():
+                text = record[column]
                 if not isinstance(text, str):
-                    raise InputError(f'{file} has a record without a "text" string; remove it')
+                    raise InputError(f'{file} has a record without a "{column}" string; remove it')
                 if text.strip():
-                    yield text
+                    yield text, label_of(record, label, f"a record of {file}")

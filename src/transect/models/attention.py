@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transect.models.attend import attend, attend_linearly
 from transect.models.config import LayerConfig, ModelConfig
 from transect.models.context import Context
+from transect.models.cuts import Cuts
 from transect.models.positions import rotate
 
 
@@ -63,6 +64,17 @@ class Attention(nn.Module):
         """Forward FLOPs per token that meets `positions` keys, two for a multiply-add: four maps and two products."""
         maps = sum(linear.in_features * linear.out_features for linear in (self.q, self.k, self.v, self.out))
         return 2.0 * maps + 4.0 * positions * self.heads * self.head_width
+
+    def cuts(self) -> Cuts:
+        """By heads: queries, keys and values by their outputs, the last map by its inputs."""
+        full = self.config.qk_norm == "full"
+        return Cuts(
+            columns=("q", "k", "v"),
+            rows=("out",),
+            partial=() if self.q_norm is None else ("q_norm.weight", "k_norm.weight"),
+            counts={"attention.heads": self.heads, "attention.kv_heads": self.groups},
+            refused="attention.qk_norm full needs all heads; give head or none" if full else None,
+        )
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)

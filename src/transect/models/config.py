@@ -148,11 +148,15 @@ class EmbeddingConfig(Config):
 
 
 class HeadConfig(Config):
-    """The map to the vocabulary; `tied` to the embedding; `transform`: a dense layer, activation and norm before it."""
+    """The map to the vocabulary; `tied` to the embedding; `transform`: a dense layer, activation and norm before it.
+
+    next_sentence: a masked model is also asked whether the second text of a sequence follows the first, as in BERT.
+    """
 
     tied: bool = True
     bias: bool = False
     transform: Literal["none", "gelu", "gelu_tanh", "relu", "silu"] = "none"
+    next_sentence: bool = False
 
 
 class LayerConfig(Config):
@@ -261,6 +265,8 @@ class ModelConfig(LayerConfig):
                 known = ", ".join(LayerConfig.model_fields)
                 raise misfit(f"overrides.{place}.set.{unknown[0]}", override.set[unknown[0]], f"a layer has {known}")
             self._check_override(place, override)
+        if self.head.next_sentence and self.causal:
+            raise misfit("head.next_sentence", True, "only a masked model sees both texts; set objective to masked")
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise misfit("pad_token_id", self.pad_token_id, f"the vocabulary has ids 0 to {self.vocab_size - 1}")
         for index, layer in enumerate(self.layer_configs):

@@ -1,6 +1,6 @@
 """What all layers of one forward pass share: which positions see which, rotary angles, the cache, the token ids."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -30,6 +30,10 @@ class Context:
     rotary: bool
     cache: "Cache | None" = None
     _angles: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def copied(self) -> "Context":
+        """The same pass with what has been made for all layers so far, to which nothing is added by others."""
+        return replace(self, visible=self.visible.copied(), _angles=dict(self._angles))
 
     def remembered(self, k: Tensor, v: Tensor, place: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all positions so far; these go into the cache, if there is one, at a layer's place."""

@@ -47,11 +47,11 @@ def import_model(
     if isinstance(given, TransectPreTrainedModel):
         return given if given.dtype == wanted else copy.deepcopy(given).to(wanted)  # pyright: ignore[reportArgumentType]
     family = _family(given.config.model_type)
-    ours = {theirs: ours for ours, theirs in family.classes.items()}.get(type(given).__name__)
+    ours = family.ours(type(given).__name__)
     if ours is None:
-        known = ", ".join(family.classes.values())
+        known = ", ".join([*family.classes.values(), *([family.pretraining] if family.pretraining else [])])
         raise InputError(f"{type(given).__name__} has no class of ours; of {family.name} there are {known}")
-    settings = _read(family, given.config)
+    settings = _asking(_read(family, given.config), type(given).__name__ == family.pretraining)
     _check_problem(ours, given.config)
     parts = family.parts(settings.layers, _prefix_of_ours(ours), _prefix(given))
     dropped = family.dropped.get(ours, ())
@@ -72,8 +72,8 @@ def export_model(model: TransectPreTrainedModel, family: str | None = None) -> P
     if not isinstance(model, TransectPreTrainedModel):
         raise InputError(f"cannot export a {type(model).__name__}; give one of transect's own models")
     chosen, config = _fitting(model, families() if family is None else {family: _family(family)})
-    theirs = getattr(transformers, chosen.classes[type(model).__name__])
     settings = model.settings
+    theirs = getattr(transformers, chosen.theirs(type(model).__name__, settings.head.next_sentence))
     bare = type(model).__name__ == "TransectModel"
     prefix = "" if bare else f"{theirs.base_model_prefix}."
     state = to_theirs(
@@ -136,6 +136,11 @@ def _read(family: Family, config: Any) -> ModelConfig:
     return ModelConfig.parse(settings, root=family.name)
 
 
+def _asking(settings: ModelConfig, next_sentence: bool) -> ModelConfig:
+    """The same settings with the second question of BERT's pre-training, of which its configuration says nothing."""
+    return settings.but(head=settings.head.plain() | {"next_sentence": next_sentence})
+
+
 def _check_problem(ours: str, config: Any) -> None:
     """Our classifier has two losses: a number for one label, one class of several."""
     fitting = (None, "regression" if config.num_labels == 1 else "single_label_classification")
@@ -156,6 +161,8 @@ def _fitting(model: TransectPreTrainedModel, among: dict[str, Family]) -> tuple[
         try:
             config = AutoConfig.for_model(family.name, **family.native(settings), **carried)
             back = _read(family, config)
+            if family.theirs(kind, settings.head.next_sentence) == family.pretraining:
+                back = _asking(back, True)
         except Unfit as error:
             misfits[family.name] = [(error.where, error.given, error.why)] * _FAR
         except (ValueError, TypeError, StrictDataclassError) as error:  # their own check of their configuration

@@ -1,7 +1,7 @@
 """Which positions a query sees: one rule, read as a dense mask or, one index at a time, by a fused kernel."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +30,10 @@ class Visible:
     documents: Tensor | None = None
     _dense: dict[tuple, Tensor] = field(default_factory=dict)
     _blocks: dict[tuple, "BlockMask"] = field(default_factory=dict)
+
+    def copied(self) -> "Visible":
+        """The same rule with the masks made so far, to which nothing is added by others."""
+        return replace(self, _dense=dict(self._dense), _blocks=dict(self._blocks))
 
     def plain(self, keys: int, window: int | None) -> bool:
         """Whether the rule says nothing beyond `causal`, over as many keys as queries, or one query that sees all."""

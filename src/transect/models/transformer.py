@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.generic import ModelOutput
 
 from transect.errors import InputError
@@ -20,11 +20,14 @@ from transect.models.config import ModelConfig
 from transect.models.context import Context
 from transect.models.embeddings import Embeddings
 from transect.models.init import draw, rule_for
+from transect.models.loss import LossRule
 from transect.models.masks import Visible
 from transect.models.norms import FINAL, norm
 from transect.models.penalties._pass import PenaltyPass, build_penalty
 from transect.models.penalties.base import LayerSums
-from transect.models.selectors.base import Selector
+from transect.models.recompute import Mode, checked, recomputed
+from transect.models.saved import is_checkpoint, read_weights
+from transect.models.selectors.base import Selector, chooses
 from transect.models.stub import write_stub
 
 Numbers = dict[str, Tensor]
@@ -140,6 +143,34 @@ class TransectPreTrainedModel(PreTrainedModel):
         given: dict[str, Any] = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "num_labels": num_labels}
         return cls(TransectConfig(architecture=settings.plain(), **given))
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **options: Any):
+        """As transformers loads; also a checkpoint of a training run, whose weights lie in parts.
+
+        Raises InputError with the file's name for a damaged checkpoint.
+        """
+        folder = None if pretrained_model_name_or_path is None else Path(pretrained_model_name_or_path)
+        if folder is None or not is_checkpoint(folder):
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **options)
+        weights = read_weights(folder)
+        if not isinstance(config, PreTrainedConfig):
+            config = TransectConfig.from_pretrained(config or folder)
+        config.name_or_path = str(folder)
+        made: Any = super().from_pretrained(None, *model_args, config=config, state_dict=weights, **options)
+        model = made[0] if isinstance(made, tuple) else made  # with output_loading_info
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return made
+
+    def recompute(self, mode: str) -> None:
+        """What training computes again in the backward pass instead of keeping it: see `recompute.recomputed`.
+
+        mode: `none`, `layer` or `cheap`; raises InputError for another, and for layers that are compiled already.
+        """
+        if self.trunk.compiled:
+            raise InputError(f"recompute {mode!r} was given after layers were compiled; give it before")
+        self.trunk.recompute_mode = checked(mode)
+
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any) -> None:
         """As transformers saves, with a module that only imports ours, so that the folder reloads in any process."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
@@ -194,12 +225,22 @@ class TransectModel(TransectPreTrainedModel):
         self.final_norm = norm(settings.norm, settings.width) if settings.norm.layout in FINAL else None
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers})
         self.penalties = [build_penalty(config, settings.layers) for config in settings.penalties]
-        self.gradient_checkpointing = False
+        self.recompute_mode: Mode = "none"
+        self.compiled = False
         self.post_init()
 
     @property
     def settings(self) -> ModelConfig:
         return self._settings
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether layers are computed again in the backward pass; transformers' switch for it, which means `layer`."""
+        return self.recompute_mode != "none"
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self.recompute_mode = "layer" if on else "none"
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.tokens
@@ -226,6 +267,7 @@ class TransectModel(TransectPreTrainedModel):
         output_hidden_states: bool | None = None,
         loss_mask: Tensor | None = None,
         step: int | None = None,
+        rule: LossRule | None = None,
         return_dict: bool | None = None,
     ) -> TrunkOutput | tuple:
         """attention_mask [batch, keys] is 0 at padding, on either side, cached keys included.
@@ -234,7 +276,8 @@ class TransectModel(TransectPreTrainedModel):
         documents of packed sequences, which then do not see each other and have positions of their own. inputs_embeds
         stand in for rows of the token table. The cache is made when `use_cache` asks for it; by default only `generate`
         does. loss_mask [batch, positions] says which states the main loss is computed from: only where it is given, and
-        in training, are penalties computed, with the strength of training step `step`.
+        in training, are penalties computed, with the strength of training step `step`. rule: losses are parts of that
+        step's.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InputError("give either input_ids or inputs_embeds")
@@ -261,9 +304,11 @@ class TransectModel(TransectPreTrainedModel):
             for name, loss in made.losses.items():
                 losses[name] = losses[name] + loss if name in losses else loss
             stats.update({f"layers.{place}.{name}": number for name, number in made.stats.items()})
+        if rule is not None:
+            losses = {name: loss * rule.share for name, loss in losses.items()}
         last = None
         if watch is not None:
-            more, numbers = watch.totals(sums)
+            more, numbers = watch.totals(sums, rule)
             losses |= more
             stats |= numbers
             last = watch.final()
@@ -282,14 +327,17 @@ class TransectModel(TransectPreTrainedModel):
         self, place: int, hidden: Tensor, context: Context, watch: PenaltyPass | None
     ) -> tuple[BlockOutput, tuple[LayerSums, ...]]:
         layer = self.layers[self.settings.modules[place]]
+        mode = self.recompute_mode if self.training else "none"
+        if mode == "cheap" and self.compiled:
+            mode = "none"  # the compiler itself keeps products and computes the rest again
+        # Both runs must begin alike; what the first adds to the context, as rotary angles, the second makes itself.
+        first, known = iter([context]), context if mode == "none" else context.copied()
 
         def run(entering: Tensor) -> tuple[BlockOutput, tuple[LayerSums, ...]]:
-            made = layer(entering, context, place)
+            made = layer(entering, next(first, None) or known.copied(), place)
             return made, () if watch is None else watch.layer(place, entering, made.hidden)
 
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(run, hidden, use_reentrant=False)
-        return run(hidden)
+        return recomputed(run, hidden, mode, choosing=mode == "layer" and chooses(layer))
 
     def _watch(
         self, loss_mask: Tensor | None, step: int | None, context: Context, embedded: Callable[[], tuple]

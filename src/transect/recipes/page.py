@@ -20,17 +20,19 @@ from transect.recipes.recipe import load
 WIDTH = 80
 
 
-def print_recipe(source: str, settings: Sequence[str], context: int | None, dtype: str) -> None:
+def print_recipe(source: str, changes: Sequence[str], context: int | None, dtype: str) -> None:
     """Print a recipe at 80 columns; raises InputError as `load` and `budget` do."""
-    recipe = load(source, settings)
+    recipe = load(source, changes)
     model = skeleton(recipe.model)
     counted = budget(model, context, dtype)
     console = Console(width=WIDTH)
     for text in (recipe.name, recipe.description, f"Source: {recipe.source}"):
         _say(console, text)
-    _say(console, "\nmodel, where it differs from the defaults")
-    said = yaml.safe_dump(differing(recipe.model), sort_keys=False, default_flow_style=None, width=WIDTH - 16)
-    console.print(indent(said, "  "), highlight=False, markup=False, soft_wrap=True)
+    for section in ("model", "data", "train", "parallel"):
+        if settings := differing(getattr(recipe, section)):
+            _say(console, f"\n{section}, where it differs from the defaults")
+            said = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=WIDTH - 16)
+            console.print(indent(said, "  "), highlight=False, markup=False, soft_wrap=True)
     _say(console, f"budget, forward pass, among {counted.context:,} positions")
     console.print(_grid(counted))
     for line in lines(counted):

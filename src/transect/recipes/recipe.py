@@ -7,9 +7,12 @@ from typing import Annotated
 from pydantic import Field
 
 from transect.config import Config, with_settings
+from transect.data.config import DataConfig
 from transect.errors import InputError
 from transect.models.config import ModelConfig, merged
 from transect.recipes.reading import chain
+from transect.train.config import TrainConfig
+from transect.train.distributed.config import ParallelConfig
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -18,13 +21,16 @@ class Recipe(Config):
     """Everything that a run is made of.
 
     name; description: one sentence; source: the paper and section it follows, and what of it is ASSUMED; model: the
-    Transformer.
+    Transformer; data: what it reads; train: how; parallel: on how many processes.
     """
 
     name: Text
     description: Text
     source: Text
     model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
 
 def load(source: str | Path, settings: Sequence[str] = ()) -> Recipe:

@@ -14,17 +14,22 @@ Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 _FEW_LAYERS = 16
 _FEW_BARS = 8
 _MOST_BANDS = 6
+_MOST_DOTS = 60
 _PRESENT = "isValid(datum.value)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure: its file name, what stands above it, and a Vega-Lite specification without data."""
+    """One figure: its file name, what stands above it, and a Vega-Lite specification without data.
+
+    `reads` names the metrics it needs, where handing it all rows of its probe would be slow.
+    """
 
     name: str
     title: str
     spec: dict[str, Any]
     note: str = ""
+    reads: tuple[str, ...] = ()
 
 
 def spec_of(chart: Chart, height: int = 260) -> dict[str, Any]:
@@ -62,10 +67,12 @@ def lines(
     base = base.encode(detail=detail) if detail else base
     size = 28 if len(pick.distinct("layer")) <= _FEW_LAYERS else 12
     clip = values.domain is not None
-    line = base.mark_line(clip=clip, strokeWidth=2)
-    line = line.encode(strokeDash=stroke.dash(coloured_alike=shade == stroke)) if stroke else line
-    points = base.mark_point(clip=clip, filled=True, size=size, opacity=1)
     several = math.prod(len(field.order or ()) for field in (shade, stroke) if field)
+    # Points that would touch are there only to be pointed at.
+    crowded = x is not LAYER and len(pick.present) > _MOST_DOTS * max(1, several)
+    line = base.mark_line(clip=clip, strokeWidth=1.5 if crowded else 2)
+    line = line.encode(strokeDash=stroke.dash(coloured_alike=shade == stroke)) if stroke else line
+    points = base.mark_point(clip=clip, filled=True, size=size, opacity=0 if crowded else 1)
     if several > _MOST_BANDS or not any(record["low"] is not None for record in pick.present):
         return alt.layer(line, points)
     band = base.mark_area(opacity=0.18, clip=clip).encode(y=alt.Y("low:Q", title=values.title), y2="high:Q")

@@ -12,24 +12,33 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from transect.errors import InputError
-from transect.report import trajectory
 from transect.report.charts import Figure
-from transect.report.figures import figures_of, key_numbers_of
-from transect.report.generic import by_series
+from transect.report.figures import figures_of, key_rows_of
 from transect.report.pick import Pick
-from transect.report.records import Record, compact, to_records
+from transect.report.records import TRAINING, Record, compact, section_of, to_records
 from transect.report.sources import Given, Source, read_sources
 from transect.report.stills import VEGA_LITE, file_stem, write_stills
 from transect.report.texts import Text, text_of
 from transect.results import make_folder, write_whole
 
+_MOST_NAMED = 4
 _ASSETS = Path(__file__).parent / "assets"
-_FIRST = ("jump", "nonlinearity", "similarity", "contribution", "commutativity", "ablation", "routing")
+_FIRST = (
+    TRAINING,
+    "language_modelling",
+    "jump",
+    "nonlinearity",
+    "similarity",
+    "contribution",
+    "commutativity",
+    "ablation",
+    "routing",
+)
 
 
 @dataclass(frozen=True)
 class Section:
-    """One probe on the page."""
+    """One probe or task on the page."""
 
     probe: str
     text: Text
@@ -60,8 +69,8 @@ def write_report(given: Given | Iterable[Given], output: str | Path, title: str 
 
 
 def sections_of(records: list[Record]) -> list[Section]:
-    """A section for each probe that has rows, known ones first."""
-    probes = {record["probe"] or "other" for record in records}
+    """A section for each probe or task that has rows, known ones first."""
+    probes = {section_of(record) for record in records}
     return [_section(probe, records) for probe in sorted(probes, key=lambda name: (_rank(name), name))]
 
 
@@ -75,7 +84,7 @@ def render(title: str, sources: list[Source], records: list[Record], sections: l
         lstrip_blocks=True,
     ).get_template("page.html.j2")
     figures = [
-        {"id": file_stem(section.probe, figure), "probe": section.probe, "spec": figure.spec}
+        {"id": file_stem(section.probe, figure), "probe": section.probe, "reads": figure.reads, "spec": figure.spec}
         for section in sections
         for figure in section.figures
     ]
@@ -95,14 +104,20 @@ def render(title: str, sources: list[Source], records: list[Record], sections: l
 
 
 def _section(probe: str, records: list[Record]) -> Section:
-    own = tuple(record for record in records if (record["probe"] or "other") == probe)
-    pick = Pick(own, ({"field": "probe", "equal": probe},) if own[0]["probe"] else ())
-    ends = trajectory.ends_only(pick)
-    numbers = {str(one.records[0]["series"]): key_numbers_of(probe, one) for _, one in by_series(ends)}
+    own = tuple(record for record in records if section_of(record) == probe)
+    pick = Pick(own, _filters(own[0]))
+    numbers = key_rows_of(probe, pick)
     names = list(dict.fromkeys(name for found in numbers.values() for name in found))
     rows = [(series, [found.get(name, "–") for name in names]) for series, found in numbers.items()]
     missing = Counter(f"{record['metric']}: {record['reason']}" for record in own if record["value"] is None)
     return Section(probe, text_of(probe), figures_of(probe, pick), names, rows, missing.most_common())
+
+
+def _filters(record: Record) -> tuple[dict[str, Any] | str, ...]:
+    """What picks the records of this one's section."""
+    if record["probe"]:
+        return ({"field": "probe", "equal": record["probe"]},)
+    return ("!isValid(datum.probe)", {"field": "task", "equal": record["task"]}) if record["task"] else ()
 
 
 def _rank(probe: str) -> int:
@@ -110,19 +125,23 @@ def _rank(probe: str) -> int:
 
 
 def _title(records: list[Record]) -> str:
-    series = list(dict.fromkeys(record["series"] for record in records))
-    named = ", ".join(series) if len(series) <= 3 else f"{len(series)} models"
-    return f"What the layers do: {named}"
+    subjects = list(dict.fromkeys(record["subject"] for record in records))
+    training = list(dict.fromkeys(record["subject"] for record in records if record["probe"] == TRAINING))
+    if training:
+        return f"Training: {', '.join(training) if len(training) <= 3 else f'{len(training)} runs'}"
+    return f"What the layers do: {', '.join(subjects) if len(subjects) <= 3 else f'{len(subjects)} models'}"
 
 
 def _facts(sources: list[Source], records: list[Record], sections: list[Section]) -> list[tuple[str, str]]:
     def of(name: str) -> str:
-        return ", ".join(dict.fromkeys(str(record[name]) for record in records if record[name] is not None))
+        found = list(dict.fromkeys(str(record[name]) for record in records if record[name] is not None))
+        return ", ".join(found) if len(found) <= _MOST_NAMED else f"{found[0]} … {found[-1]}"
 
     def most(name: str) -> str:
         numbers = [record[name] for record in records if record[name] is not None]
         return f"{max(numbers):,}" if numbers else ""
 
+    measured = sum(len(source.table) for source in sources)
     tokens = ("tokens", most("tokens")) if most("tokens") else ("tokens counted", most("n"))
     facts = [
         ("model", of("model")),
@@ -133,7 +152,7 @@ def _facts(sources: list[Source], records: list[Record], sections: list[Section]
         ("dtype", of("dtype")),
         ("date", ", ".join(dict.fromkeys(source.date for source in sources if source.date))),
         ("probes", ", ".join(section.probe for section in sections)),
-        ("rows", f"{len(records):,}"),
+        ("rows", f"{len(records):,}" + (f" of {measured:,}, long curves thinned" if measured > len(records) else "")),
     ]
     return [(name, value) for name, value in facts if value]
 

@@ -1,31 +1,46 @@
 """Rows as plain records with the name of their series, and as the compact block that a page embeds once."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+from transect.report.thinning import thinned
 from transect.results import COLUMNS, Row
 
 Record = dict[str, Any]
+TRAINING = "train"
 _TELLS_APART = ("revision", "step", "dtype", "data")
 _MOMENTS = ("revision", "step")
 
 
 def to_records(rows: Iterable[Row]) -> list[Record]:
-    """One record a row, with the shortest names that tell the models apart.
+    """One record a row, with the shortest names that tell the models apart; training runs have their own names.
 
-    `series` tells model, revision, step and run apart; `subject` is the same without the moment of training.
+    `series` tells model, revision, step and run apart; `subject` is the same without the moment of training. `thinned`
+    says what was left out beside this row, or is None.
     """
-    records = [asdict(row) for row in rows]
-    short = _short_names({record["model"] for record in records})
-    apart = {model: _varying(records, model) for model in short}
+    records = [{**asdict(row), "thinned": note} for row, note in thinned(list(rows))]
+    training = {record["run"] for record in records if record["probe"] == TRAINING} - {None}
+    short = _short_names({record["model"] for record in records if record["run"] not in training})
+    alike: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in records:
-        model = record["model"]
-        words = {name: _word(name, record[name]) for name in apart[model] if record[name] is not None}
-        record["series"] = " ".join([short[model], *words.values()])
-        record["subject"] = " ".join([short[model], *(word for name, word in words.items() if name not in _MOMENTS)])
+        # The probes inside a run may read other text, and numbers of another type, than the training.
+        own_run = record["run"] in training
+        alike[(record["run"], section_of(record)) if own_run else (record["model"],)].append(record)
+    for key, own in alike.items():
+        name = key[0] if len(key) == 2 else short[key[0]]
+        apart = _varying(own)
+        for record in own:
+            words = {column: _word(column, record[column]) for column in apart if record[column] is not None}
+            record["series"] = " ".join([name, *words.values()])
+            record["subject"] = " ".join([name, *(word for column, word in words.items() if column not in _MOMENTS)])
     return records
+
+
+def section_of(record: Record) -> str:
+    """Where a record stands on the page: its probe, else its task."""
+    return record["probe"] or record["task"] or "other"
 
 
 def compact(records: list[Record]) -> dict[str, Any]:
@@ -47,8 +62,7 @@ def _short_names(models: set[str | None]) -> dict[str | None, str]:
     return {model: name if times[name] == 1 else str(model) for model, name in last.items()}
 
 
-def _varying(records: list[Record], model: str | None) -> list[str]:
-    own = [record for record in records if record["model"] == model]
+def _varying(own: list[Record]) -> list[str]:
     varying = [name for name in _TELLS_APART if len({record[name] for record in own} - {None}) > 1]
     if "step" in varying and "revision" in varying and _settled_by(own, "step", "revision"):
         varying.remove("revision")

@@ -35,7 +35,8 @@ class Field:
 
     def axis(self, channel: type[alt.X] | type[alt.Y] = alt.X) -> Any:
         """The axis of a number."""
-        axis = alt.Axis(format=self.format, tickMinStep=1, grid=False)
+        whole = {} if self.format.endswith(("e", "g")) else {"tickMinStep": 1}
+        axis = alt.Axis(format=self.format, grid=False, **whole)  # pyright: ignore[reportArgumentType]
         kind = {"type": "log"} if self.log else {"zero": False, "padding": 8}
         return channel(f"{self.name}:Q", title=self.title, axis=axis, scale=alt.Scale(nice=False, **kind))  # pyright: ignore[reportArgumentType]
 
@@ -43,7 +44,9 @@ class Field:
         """The axis of a map of cells, with no more labels than fit."""
         order = list(self.order or ())
         apart = max(1, round(len(order) / _MOST_LABELS))
-        look = alt.Axis(labelAngle=0, values=order[::apart], ticks=False, domain=False, labelLimit=160)
+        look = alt.Axis(
+            labelAngle=0, values=order[::apart], ticks=False, domain=False, labelLimit=160, labelOverlap=True
+        )
         scale = alt.Scale(domain=order[::-1] if upwards else order, paddingInner=0)
         return channel(f"{self.name}:O", title=self.title, axis=look, scale=scale)
 
@@ -91,10 +94,11 @@ class Values:
     scheme: str = "viridis"
     constant: float = 1
     ticks: tuple[float, ...] = ()
+    format: str | None = None
 
     def axis(self, channel: type[alt.X] | type[alt.Y] = alt.Y) -> Any:
         """The axis of the values."""
-        axis = alt.Axis(tickCount=6, grid=self.kind != "log")
+        axis = alt.Axis(tickCount=6, grid=self.kind != "log", **({"format": self.format} if self.format else {}))  # pyright: ignore[reportArgumentType]
         if self.domain:
             scale = alt.Scale(domain=list(self.domain), nice=False)
         elif self.kind == "log":

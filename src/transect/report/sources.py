@@ -2,15 +2,17 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transect.errors import InputError
-from transect.results import Table
+from transect.results import Row, Table
 
 Given = str | os.PathLike[str] | Table
+_TRAINING = "training"
 _DATE_KEYS = ("date", "started", "created", "time", "timestamp")
 
 
@@ -43,6 +45,11 @@ def read_sources(given: Given | Iterable[Given]) -> list[Source]:
     """
     several = [given] if isinstance(given, str | os.PathLike | Table) else list(given)
     sources = [_read(one, number) for number, one in enumerate(several, start=1)]
+    times = Counter(source.name for source in sources)
+    sources = [
+        _renamed(source, one) if times[source.name] > 1 and not isinstance(one, Table) else source
+        for source, one in zip(sources, several, strict=True)
+    ]
     if not any(len(source.table) for source in sources):
         raise InputError("no rows to report; give the output folder of `transect measure` or a table with rows")
     return sources
@@ -53,8 +60,29 @@ def _read(one: Given, number: int) -> Source:
         return Source(f"table {number}", one)
     path = Path(one)
     folder = path if path.is_dir() else path.parent
-    table = Table.read(path)
-    return Source(folder.resolve().name, table, _record(folder / "config.json"), _record(folder / "environment.json"))
+    config = _record(folder / "config.json")
+    table = _so_far(path) if config.get("kind") == _TRAINING else Table.read(path)
+    return Source(folder.resolve().name, table, config, _record(folder / "environment.json"))
+
+
+def _so_far(path: Path) -> Table:
+    """The rows of a training run, which may be at work: a last line that is not whole yet is left out."""
+    lines = path / "rows.jsonl"
+    if not lines.is_file() or (path / "rows.parquet").is_file():
+        return Table.read(path)
+    whole = lines.read_text(encoding="utf-8").rpartition("\n")[0]
+    try:
+        return Table(Row(**{"value": None, **json.loads(line)}) for line in whole.splitlines())
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{lines} is not a table of rows: {str(error).splitlines()[0]}") from error
+
+
+def _renamed(source: Source, path: str | os.PathLike[str]) -> Source:
+    """A training run with the name of the folder above before its own, which another has too."""
+    if source.config.get("kind") != _TRAINING:
+        return source
+    name = f"{Path(path).resolve().parent.name}/{source.name}"
+    return replace(source, name=name, table=source.table.stamped(run=name))
 
 
 def _record(path: Path) -> dict[str, Any]:

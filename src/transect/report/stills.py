@@ -9,7 +9,7 @@ import altair as alt
 import vl_convert
 
 from transect.report.charts import DATA_NAME, Figure
-from transect.report.records import Record
+from transect.report.records import Record, section_of
 from transect.results import write_whole
 
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
@@ -25,7 +25,7 @@ def file_stem(probe: str, figure: Figure) -> str:
 
 def write_stills(probe: str, figures: Iterable[Figure], records: list[Record], folder: Path) -> list[Path]:
     """Write each figure as `<probe>_<name>.svg` and `.png` and give the paths."""
-    own = [_filled(record) for record in records if (record["probe"] or "other") == probe]
+    own = [_filled(record) for record in records if section_of(record) == probe]
     paths = []
     for figure in figures:
         svg = vl_convert.vegalite_to_svg(with_data(figure, own), vl_version=VEGA_LITE)
@@ -51,5 +51,5 @@ def with_data(figure: Figure, records: list[Record]) -> dict[str, object]:
         **width,
         "title": title,
         "config": _CONFIG,
-        "datasets": {DATA_NAME: records},
+        "datasets": {DATA_NAME: [record for record in records if not figure.reads or record["metric"] in figure.reads]},
     }

@@ -14,6 +14,24 @@ class Text:
 
 
 _TEXTS = {
+    "train": Text(
+        "Training",
+        "What a run says of itself: the loss of its steps and the parts that it is made of, the norm of the gradient "
+        "before it is clipped, learning rates, the mean length of the states between the layers, speed, and how evenly "
+        "the blocks of sparse FFNs are used.",
+        "The loss is that of one step's own tokens, so it goes up and down with the text. MFU is the part of what the "
+        "devices can do that goes into the model. Entropy is that of the load over blocks, divided by its highest "
+        "possible value: 1 is even. Largest load is the share of choices that the most chosen block gets.",
+        "Losses of training texts tell runs apart only where they read the same text in the same order. "
+        "A total with penalties is not a language modelling loss.",
+    ),
+    "language_modelling": Text(
+        "Language modelling",
+        "How well the next or the masked tokens of text that was not trained on are predicted, by split and domain.",
+        "Lower is better. Bits per byte compare models whatever their tokenizer; nats per token only those that share "
+        "one. Bands and bars are 95 % intervals over documents; those of two models on the same text overlap even "
+        "where the difference is certain.",
+    ),
     "jump": Text(
         "Jump",
         "How far each layer turns the direction of the residual stream, and how much of that turn comes in a jump.",

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 _TOLD = re.compile(r"(?<![a-z])(?:step|checkpoint|ckpt|iter)[-_=]?([0-9]{1,18})(?=$|[-_][a-z])", re.IGNORECASE)
+_SIGNS = ("config.json", "checkpoint.json", "state/model")  # any: a damaged one of a run is not passed over
 _BARE = re.compile(r"[0-9]{1,18}")
 
 
@@ -29,13 +30,26 @@ def in_order(name: str) -> tuple:
 
 
 def checkpoints(path: Path) -> dict[str, Path]:
-    """The model folders inside a folder, or inside its `checkpoints` where it has one, by name, in their order."""
+    """The model folders inside a folder, or inside its `checkpoints` where it has one, by name, in their order.
+
+    Those that are being written, whose names begin with a dot, are none.
+    """
     inside = path / "checkpoints"
     inside = inside if inside.is_dir() else path
     if not inside.is_dir():
         return {}
-    found = [entry for entry in inside.iterdir() if (entry / "config.json").is_file()]
+    whole = (entry for entry in inside.iterdir() if not entry.name.startswith("."))
+    found = [entry for entry in whole if any((entry / name).exists() for name in _SIGNS)]
     return {entry.name: entry for entry in sorted(found, key=lambda entry: in_order(entry.name))}
+
+
+def named(names: dict[str, Path], revision: str | int) -> str | None:
+    """The checkpoint of this name, or else the only one whose step is that number; None where there is none."""
+    if (name := str(revision)) in names:
+        return name
+    step = int(name) if _BARE.fullmatch(name) else None
+    same = [name for name in names if step is not None and step_of(name) == step]
+    return same[0] if len(same) == 1 else None
 
 
 def last(names: dict[str, Path]) -> str:

@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from transect import models as own  # tells the Auto classes of our models
 from transect.errors import InputError
-from transect.view.checkpoints import checkpoints, home, last
+from transect.models.saved import check_description, is_checkpoint
+from transect.view.checkpoints import checkpoints, home, last, named
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
-_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "state/model/*.safetensors")
 _ALIGNMENT = 64  # bytes; what torch gives its own tensors
 
 
@@ -103,8 +104,9 @@ def located(source: str, revision: str | None) -> Where:
         return Where(source, source, source, revision, revision)
     if (path / "checkpoints").is_dir():
         return _checkpoint(path, revision)
-    if (path / "config.json").is_file():
-        return _checkpoint(path, revision) if revision in checkpoints(path) else _folder(path, revision)
+    if (path / "config.json").is_file() or is_checkpoint(path):
+        found = None if revision is None else named(checkpoints(path), revision)
+        return _folder(path, revision) if found is None else _checkpoint(path, found)
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return _gguf(files[0])
@@ -132,9 +134,9 @@ def _checkpoint(path: Path, revision: str | None) -> Where:
     found = checkpoints(path)
     if not found:
         raise InputError(f"{path}/checkpoints holds no checkpoint with a config.json")
-    if revision is not None and revision not in found:
+    chosen = last(found) if revision is None else named(found, revision)
+    if chosen is None:
         raise InputError(f"{path} has no checkpoint {revision!r}; it has {', '.join(sorted(found))}")
-    chosen = revision or last(found)
     owner = path.resolve()
     owner = owner.parent if owner.name == "checkpoints" and owner.parent.name else owner
     return Where(str(found[chosen]), owner.name, str(owner), None, chosen)
@@ -143,6 +145,8 @@ def _checkpoint(path: Path, revision: str | None) -> Where:
 def check_readable(where: Where, trust_remote_code: bool) -> None:
     """Raise InputError when a model's configuration cannot be read or a folder has no weights; loads no weights."""
     folder = Path(where.path)
+    if is_checkpoint(folder):
+        check_description(folder)
     if folder.is_dir() and not any(True for kind in _WEIGHTS for _ in folder.glob(kind)):
         raise InputError(f"cannot load {folder}: it has no weights ({', '.join(_WEIGHTS)})")
     with _one_line(where.path):
@@ -178,6 +182,8 @@ def _extra(where: Where, trust_remote_code: bool) -> dict[str, Any]:
 
 def _read(where: Where, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
     extra = _extra(where, trust_remote_code)
+    if is_checkpoint(Path(where.path)):
+        check_description(Path(where.path))
     config = AutoConfig.from_pretrained(where.path, **extra)
     if dtype == torch.float64:  # fused experts refuse float64
         config._experts_implementation = "eager"

@@ -1,6 +1,7 @@
 """Attention whose keys and values are contexts: what an FFN inside it made of each position."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from transect.models.attention import Attention
 from transect.models.blocks.base import named
 from transect.models.config import LayerConfig, ModelConfig
 from transect.models.context import Context
+from transect.models.cuts import Cuts
 from transect.models.ffn.base import FFNConfig, Numbers, build
 from transect.models.norms import norm
 from transect.models.own_pair import FORMS, Pair, Setting, fastest
@@ -90,6 +92,14 @@ class ContextAttention(Attention):
         keys = self.k.out_features if raw else 0
         values = self.v.out_features if raw or self.options.empty_row == "raw" else 0
         return super().flops(positions) + 2.0 * self.q.in_features * (keys + values)
+
+    def cuts(self) -> Cuts:
+        """As any attention's; the FFN inside reads the whole input and has cuts of its own."""
+        cuts = super().cuts()
+        own = () if self.own_k is None else ("own_k", "own_v")
+        sink = "block.empty_row sink has a value for each head; give zero or raw"
+        refused = cuts.refused if self.sink is None else sink
+        return replace(cuts, columns=cuts.columns + own, together=False, refused=refused)
 
     def _own_pair(self, x: Tensor, context: Context) -> Pair:
         """The key and value that a position shows itself."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transect import registry
 from transect.models.config import LayerConfig, ModelConfig
 from transect.models.context import Context
+from transect.models.cuts import Cuts, Cuttable
 from transect.models.ffn.base import Numbers
 from transect.models.plug import PlugConfig
 
@@ -32,6 +33,10 @@ class Block(nn.Module, ABC):
     @abstractmethod
     def forward(self, hidden: Tensor, context: Context, place: int) -> BlockOutput:
         """`place` is the 0-based position in the executed order: the layer's place in the cache."""
+
+    def plan(self) -> dict[str, Cuts]:
+        """How its parts, by their paths, are shared among processes that see the same text; others stay whole."""
+        return {path: part.cuts() for path, part in self.named_modules() if isinstance(part, Cuttable)}
 
 
 def build(layer: LayerConfig, model: ModelConfig, index: int) -> Block:

@@ -15,6 +15,7 @@ from transect.models.config import ModelConfig
 from transect.models.convert._attributes import Attributes
 
 State = dict[str, Tensor]
+MASKED = "TransectForMaskedLM"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Family:
     classes: our class's name -> theirs. settings: their configuration -> ours; `native` the other way, at best: what it
     leaves out is found by reading its result back. trunk: parts below the base model; heads: parts below the whole.
     dropped: their weights that have no place in a class of ours, by our class. bare: arguments of their bare class.
+    pretraining: their class for a TransectForMaskedLM with `head.next_sentence`.
     """
 
     name: str
@@ -69,6 +71,17 @@ class Family:
     heads: tuple[Part, ...]
     dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     bare: Mapping[str, Any] = field(default_factory=dict)
+    pretraining: str | None = None
+
+    def ours(self, theirs: str) -> str | None:
+        """Our class for one of theirs."""
+        if theirs == self.pretraining:
+            return MASKED
+        return {name: own for own, name in self.classes.items()}.get(theirs)
+
+    def theirs(self, ours: str, next_sentence: bool) -> str:
+        """Their class for one of ours."""
+        return self.pretraining if self.pretraining and ours == MASKED and next_sentence else self.classes[ours]
 
     def parts(self, layers: int, ours: str, theirs: str) -> Iterator[Part]:
         """All parts with their full names; the arguments are the prefixes of the base models, or nothing."""

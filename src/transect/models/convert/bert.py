@@ -95,8 +95,10 @@ FAMILY = Family(
         Part(("head.decoder.bias",), "cls.predictions.bias"),
         *module("head.decoder", "cls.predictions.decoder"),
         *module("pooler.dense", "bert.pooler.dense"),
+        *module("next_sentence", "cls.seq_relationship"),
         *module("classifier", "classifier"),
     ),
     dropped={"TransectModel": ("pooler.dense.weight", "pooler.dense.bias")},
     bare={"add_pooling_layer": False},
+    pretraining="BertForPreTraining",
 )

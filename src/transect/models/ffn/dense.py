@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from transect.models.activations import Activation, ActivationName
 from transect.models.config import ModelConfig, Size
+from transect.models.cuts import Cuts
 from transect.models.ffn.base import FFN, FFNConfig, FFNOutput
 from transect.models.plug import Unfit
 
@@ -68,6 +69,11 @@ class Dense(FFN):
     def forward(self, x: Tensor, token_ids: Tensor | None, real: Tensor | None) -> FFNOutput:
         hidden = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
         return FFNOutput(self.down(hidden), {}, {})
+
+    def cuts(self) -> Cuts:
+        """By units: `up` and `gate` by their outputs, `down` by its inputs."""
+        columns = ("up",) if self.gate is None else ("gate", "up")
+        return Cuts(columns=columns, rows=("down",), counts={"ffn.width": self.up.out_features})
 
     def flops(self) -> float:
         """Forward FLOPs per token, two for a multiply-add; biases and the activation are not counted."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transect.config import misfit
 from transect.models.activations import ActivationName
 from transect.models.config import ModelConfig, Size
+from transect.models.cuts import Cuts
 from transect.models.ffn.base import FFN, FFNConfig, FFNOutput
 from transect.models.ffn.dense import Dense
 from transect.models.memory.choice import Picker
@@ -196,6 +197,10 @@ class Sparse(FFN):
         losses = {name: weights[name] * loss for name, loss in chosen.losses.items() if weights.get(name)}
         stats = chosen.stats | {name: loss.detach() for name, loss in chosen.losses.items()}
         return FFNOutput(hidden, losses, stats)
+
+    def cuts(self) -> Cuts:
+        """Not by units: its blocks can be spread instead."""
+        return Cuts(refused="a sparse FFN has no units to share; give parallel.expert in place of tensor")
 
     def flops(self) -> float:
         """Forward FLOPs per token, two for a multiply-add: the chosen blocks, choosing them, the shared ones."""

@@ -1,5 +1,7 @@
 """The memory of a sparse FFN: tables of keys and values in blocks, read where a selector says."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -68,14 +70,31 @@ class Memory(nn.Module):
             if self.up is not None:
                 raise ValueError("coefficients are for memories that are not gated; give None")
             weights = weights * coefficients
-        dtype = _product_type(x)
-        x, weights, values = x.to(dtype), weights.to(dtype), self.values.to(dtype)
-        if self.keys is not None and coefficients is None:
-            tables = Tables(self.keys, self.up, values, self.key_bias, self.up_bias, self.activation.name).to(dtype)
+        dtype = product_type(x)
+        x, weights = x.to(dtype), weights.to(dtype)
+        keys, up, values, key_bias, up_bias = self.tables()
+        assert values is not None
+        values = values.to(dtype)
+        if keys is not None and coefficients is None:
+            tables = Tables(keys, up, values, key_bias, up_bias, self.activation.name).to(dtype)
             way = self.picker.pick(case_of("mix", values, blocks.shape[1], len(x)))
             return MIXES[way](x, blocks, weights, tables)
         way = self.picker.pick(case_of("read", values, blocks.shape[1], len(x)))
         return READS[way](blocks, weights, values)
+
+    def tables(self) -> tuple[Tensor | None, ...]:
+        """keys, up, values, key_bias and up_bias, as this process computes with them."""
+        return self.keys, self.up, self.values, self.key_bias, self.up_bias
+
+    def of_blocks(self, made: Callable[[Tensor, Tensor | None, range], Tensor]) -> Tensor:
+        """One entry for each block [blocks, ...], made of its keys: how a selector may read them.
+
+        `made` is given the keys [n, block_size, width] and key biases [n, block_size] of some blocks, all of them or
+        those that this process has, and their numbers.
+        """
+        keys, _, _, bias, _ = self.tables()
+        assert keys is not None
+        return made(keys, bias, range(len(keys)))
 
     def flops(self, active: int) -> float:
         """Forward FLOPs per token with `active` blocks, two for a multiply-add: 2 d per cell and table."""
@@ -86,7 +105,7 @@ class Memory(nn.Module):
         return f"blocks={self.blocks}, block_size={self.block_size}, width={self.width}"
 
 
-def _product_type(x: Tensor) -> torch.dtype:
+def product_type(x: Tensor) -> torch.dtype:
     """That of x, or autocast's, as for linear maps."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from transect import registry
+from transect.models.loss import LossRule
 from transect.models.penalties.base import LayerSums, Penalty
 from transect.models.plug import PlugConfig
 
@@ -53,14 +54,21 @@ class PenaltyPass:
         """The final norm's output after the last layer; None where no penalty asked for it."""
         return self._final
 
-    def totals(self, sums: Sequence[tuple[LayerSums, ...]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The weighted losses by the penalties' names, and their statistics."""
+    def totals(
+        self, sums: Sequence[tuple[LayerSums, ...]], rule: LossRule | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weighted losses by the penalties' names, and their statistics.
+
+        With a rule they are parts: of the step's predicted tokens where a penalty counts those, else, as it counts all
+        that is not padding, the pass' own mean times its share of these.
+        """
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
         for penalty, seen in zip(self.penalties, zip(*sums, strict=True), strict=True):
-            loss, numbers = penalty.total(seen, self.step)
+            everywhere = penalty.config.penalty_positions == "all"
+            loss, numbers = penalty.total(seen, self.step, None if rule is None or everywhere else rule.tokens)
             name = penalty.config.kind
-            losses[name] = loss
+            losses[name] = loss * rule.share if rule is not None and everywhere else loss
             stats.update({f"{name}.{key}": value for key, value in numbers.items()})
         return losses, stats
 

@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from transect.models.recompute import decided
+
 Drop = Literal["order", "choice", "score"]
 
 
@@ -21,7 +23,7 @@ def within_capacity(blocks: Tensor, scores: Tensor, wanted: Tensor, factor: floa
     if drop == "choice":  # slot by slot
         places = places.view(tokens, active).t().flatten()
     elif drop == "score":
-        places = scores.detach().flatten().argsort(descending=True, stable=True)
+        places = decided(scores.detach().flatten().argsort(descending=True, stable=True))
     owner = blocks.where(wanted, blocks.new_full((), total)).flatten()[places]
     owner, order = owner.sort(stable=True)
     first = torch.searchsorted(owner, owner)

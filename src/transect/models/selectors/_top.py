@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from transect.models.recompute import decided
+
 _LAST = 2**31 - 1
 _ROOM = {"cpu": 2**17}  # sort keys held at a time: 1 MiB, so that they stay in the cache
 _ROOM_ELSEWHERE = 2**26
@@ -52,4 +54,4 @@ def _in_order(bits: Tensor) -> Tensor:
 def _by_sorting(scores: Tensor, count: int, labels: Tensor) -> tuple[Tensor, Tensor]:
     labels, places = labels.expand_as(scores).sort(dim=1)
     values, order = scores.gather(1, places).sort(dim=1, descending=True, stable=True)
-    return labels.gather(1, order)[:, :count], values[:, :count]
+    return labels.gather(1, decided(order))[:, :count], values[:, :count]

@@ -58,24 +58,41 @@ class AvgK(Gated):
             self.drawn.copy_(cells)
 
     def scores(self, x: Tensor, memory: "Memory") -> Tensor:
-        assert memory.keys is not None
-        keys = F.normalize(wide(memory.keys), dim=-1) if self.config.normalise_keys else memory.keys
-        bias = memory.key_bias if self.config.score_bias else None
         if self.config.block_score == "mean_activation":
-            table = keys.flatten(0, 1).to(x.dtype)
-            coefficients = memory.activation(F.linear(x, table, None if bias is None else bias.flatten()))
-            scores = wide(coefficients).unflatten(-1, keys.shape[:2]).mean(-1)
+            scores = self._mean_activations(x, memory)
         else:
-            of_bias = None if bias is None else self._of_blocks(bias, memory.keys)
-            scores = routed(x, self._of_blocks(keys, memory.keys), of_bias)
+            of_bias = self.config.score_bias and memory.key_bias is not None
+            keys = memory.of_blocks(lambda keys, _, where: self._of_blocks(self._scored(keys), keys, where))
+            bias = memory.of_blocks(self._of_bias) if of_bias else None
+            scores = routed(x, keys, bias)
         return scores.detach() if self.config.score_grad == "stop" else scores
 
-    def _of_blocks(self, table: Tensor, keys: Tensor) -> Tensor:
-        """One entry per block of table [blocks, block_size, ...]."""
+    def reads_cells(self) -> bool:
+        """Only for the mean of their activations."""
+        return self.config.block_score == "mean_activation"
+
+    def _mean_activations(self, x: Tensor, memory: "Memory") -> Tensor:
+        assert memory.keys is not None
+        keys = self._scored(memory.keys)
+        bias = memory.key_bias if self.config.score_bias else None
+        table = keys.flatten(0, 1).to(x.dtype)
+        coefficients = memory.activation(F.linear(x, table, None if bias is None else bias.flatten()))
+        return wide(coefficients).unflatten(-1, keys.shape[:2]).mean(-1)
+
+    def _scored(self, keys: Tensor) -> Tensor:
+        return F.normalize(wide(keys), dim=-1) if self.config.normalise_keys else keys
+
+    def _of_bias(self, keys: Tensor, bias: Tensor | None, where: range) -> Tensor:
+        assert bias is not None
+        return self._of_blocks(bias, keys, where)
+
+    def _of_blocks(self, table: Tensor, keys: Tensor, where: range) -> Tensor:
+        """One entry per block of table [blocks, block_size, ...], the blocks of these numbers."""
         if self.config.block_score == "mean_key":
             return table.mean(1, dtype=wide_type(table.dtype))
         blocks = torch.arange(len(table), device=table.device)
-        return table[blocks, self.drawn if self.drawn is not None else _lengths(keys).argmax(-1)]
+        cells = _lengths(keys).argmax(-1) if self.drawn is None else self.drawn[where.start : where.stop]
+        return table[blocks, cells]
 
     def flops(self) -> float:
         """2 d B; 2 d B g where every cell is scored."""

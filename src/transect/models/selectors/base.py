@@ -79,6 +79,9 @@ class _Sizes(Protocol):
 class Selector(nn.Module, ABC):
     """Picks memory blocks for each token; keeps no state of a batch.
 
+    What it decides by comparing scores goes through `_top.best` or `recompute.decided`, so that a backward pass that
+    computes the layer again keeps the choice.
+
     causal_safe: what a token is given does not depend on later tokens. A causal model refuses a selector that is not,
     unless its Config has an option `accept_leak` that is true, or a method `leaks` of its own that says under which
     settings it does (`_scored.NoisyConfig`). provides_keys: it scores with keys of its own, and the memory has none.
@@ -105,5 +108,17 @@ class Selector(nn.Module, ABC):
     def flops(self) -> float:
         """Forward FLOPs per token of choosing, two for a multiply-add, beyond what `Memory.flops` counts."""
 
+    def reads_cells(self) -> bool:
+        """Whether it reads the memory's tables cell by cell, and not only through `Memory.of_blocks`.
+
+        Then the blocks cannot be spread over processes.
+        """
+        return False
+
     def reset_buffers(self) -> None:
         """Give buffers their first values, which follow from the settings; for models built on the meta device."""
+
+
+def chooses(module: nn.Module) -> bool:
+    """Whether there is a selector in it."""
+    return any(isinstance(part, Selector) for part in module.modules())

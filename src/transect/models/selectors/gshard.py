@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from transect.models.plug import Unfit
+from transect.models.recompute import decided
 from transect.models.selectors._balance import counts
 from transect.models.selectors._capacity import Drop
 from transect.models.selectors._gates import routed
@@ -74,7 +75,7 @@ class GShard(Scored):
         wanted = None
         if self.training and self.config.second == "random":
             chance = torch.stack([torch.ones_like(weights[:, 1]), 2 * weights[:, 1].detach()], dim=1)
-            wanted = chance > torch.rand_like(chance)
+            wanted = decided(chance > torch.rand_like(chance))
         firsts = counts(blocks[:, :1], self.shape.blocks, None if real is None else real[:, None])
         choice = Choice(blocks, kept, margin, weights, wanted)
         return self.selection(choice, lambda: softmax_odds(scores, real), real, scores, balanced=firsts)

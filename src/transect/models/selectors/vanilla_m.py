@@ -47,6 +47,10 @@ class VanillaM(Scored):
         choice = Choice(cells, kept, margin)
         return self.selection(choice, lambda: softmax_odds(scores, real), real, scores, coefficients)
 
+    def reads_cells(self) -> bool:
+        """All of them."""
+        return True
+
     def flops(self) -> float:
         """2 d d_m - 2 d k; the whole key product for a gated memory, which does its own again."""
         spared = 0 if self.shape.gated else self.shape.active

@@ -17,7 +17,8 @@
   async function draw(figure) {
     const place = document.getElementById(figure.id);
     // Copies, because a view writes its own marks into the objects it is given.
-    const own = rows.filter((row) => (row.probe ?? "other") === figure.probe).map((row) => ({ ...row }));
+    const own = rows.filter((row) => (row.probe ?? row.task ?? "other") === figure.probe
+      && (figure.reads.length === 0 || figure.reads.includes(row.metric))).map((row) => ({ ...row }));
     try {
       const spec = { ...figure.spec, datasets: { rows: own } };
       await vegaEmbed(place, spec, { mode: "vega-lite", renderer: "svg", config, actions, downloadFileName: figure.id });

@@ -1,0 +1,1 @@
+"""Pre-training: a recipe and a prepared corpus in; rows, checkpoints and a model out."""
