@@ -51,6 +51,8 @@ bench: setup
 	@$(BIN)/python -m benchmarks.sparse_ffn
 	@$(BIN)/python -m benchmarks.caa
 	@$(BIN)/python -m benchmarks.jump_penalty
+	@$(BIN)/python -m benchmarks.anchor
+	@$(BIN)/python -m benchmarks.pretraining
 
 setup: .venv/ready
 

@@ -3,9 +3,10 @@
     python -m benchmarks.anchor --text tinyshakespeare.txt [--seeds 3] [-o benchmarks/results/anchor.json]
 
 The first nine tenths of the text are trained on, the rest is the validation text; both sides read the same characters
-through the same ids and are scored on the whole validation text in windows of 64. `plain` is benchmarks/plain_gpt.py,
-which shares no code with transect; `transect` is the recipe nanogpt-char by `transect.train.run.train`. nanoGPT's
-README gives 1.88 for this set-up on Shakespeare. Without --text the built-in speeches are read.
+through the same ids and are scored on the whole validation text, each character from at most 64 before it. `plain` is
+benchmarks/plain_gpt.py, which shares no code with transect; `transect` is the recipe nanogpt-char by
+`transect.train.run.train`. nanoGPT's README gives 1.88 for this set-up on Shakespeare. Without --text the built-in
+speeches are read.
 """
 
 import argparse

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import transect as tx
 from corpora import small_corpus
@@ -139,6 +140,21 @@ def test_micro_batches_change_nothing_but_rounding(name: str, precision: str, co
     bound = 1e-9 if precision == "float64" else 1e-4
     for other in found[1:]:
         torch.testing.assert_close(torch.tensor(other), torch.tensor(found[0]), rtol=bound, atol=0)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama-10m-jreg", "tiny-sparse-top_k", "tiny-bert-small-cea"])
+def test_bfloat16_products_change_little(name: str, corpora, tmp_path: Path):
+    def run(precision: str) -> torch.Tensor:
+        changes = ["train.steps=9", f"train.precision={precision}", "model.dropout=0", "train.optimizer.lr=0.003"]
+        recipe = recipe_of(name, corpora, *changes, "model.attention.dropout=0")
+        outcome = train(recipe, tmp_path / precision)
+        (file,) = (tmp_path / precision / "checkpoints/step-00000009/state/model").glob("*.safetensors")
+        assert {weight.dtype for weight in load_file(file).values()} == {torch.float32}
+        return torch.tensor(losses(outcome.table))
+
+    exact, rounded = run("float32"), run("bfloat16")
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["layer", "cheap"])

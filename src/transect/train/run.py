@@ -208,9 +208,8 @@ class Run:
             self._write(self.probing.rows(self.model, self.probing.due(progress.step, last)))
         kept = config.checkpoints
         if last or halted or self._due(kept.every, progress.step) or progress.step in kept.keep_at:
-            self.checkpoints.save(
-                self.model, self.optimizer, progress.plain(), self.corpus.tokenizer(), wait=last or halted
-            )
+            wait = last or halted or self.world.device.type == "cpu"  # there a thread would only slow the steps down
+            self.checkpoints.save(self.model, self.optimizer, progress.plain(), self.corpus.tokenizer(), wait)
         if hopeless:
             self.checkpoints.finish()
             raise InputError(
