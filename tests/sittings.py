@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,6 +18,7 @@ from transect.train import checkpoints
 from transect.train.audience import Silent
 from transect.train.progress import Progress
 from transect.train.run import train
+from transect.train.step import Stepper
 
 PRELOADED = ["torch", "transect.train.run", "transect.train.optimizers.adamw", "sittings"]
 
@@ -25,7 +27,8 @@ def sitting(recipe: Path, folder: Path, accident: str | None, step: int, resume:
     """The exit code of a process that trains the recipe; `accident` happens at `step`, negative codes are signals.
 
     kill: kill -9 when the step is done; writing: kill -9 when a checkpoint of that step or a later one has all files
-    but the last; full: from that step on no file may be longer than 20 kB; stop: SIGTERM.
+    but the last; full: from that step on no file may be longer than 20 kB; stop: SIGTERM when the step is done; stop
+    in: SIGTERM while it is taken.
     """
     context = multiprocessing.get_context("forkserver")
     assert isinstance(context, ForkServerContext)
@@ -66,7 +69,14 @@ def _train(recipe: Path, folder: Path, accident: str | None, step: int, resume: 
     torch.set_num_threads(1)
     write = checkpoints.write_manifest
     killing = _killed_at(step, write) if accident == "writing" else write
-    with mock.patch.object(checkpoints, "write_manifest", killing):
+    take = Stepper.take
+
+    def taken(stepper: Stepper, number: int, *given: Any) -> Any:
+        if accident == "stop in" and number + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(stepper, number, *given)
+
+    with mock.patch.object(checkpoints, "write_manifest", killing), mock.patch.object(Stepper, "take", taken):
         try:
             outcome = train(load(recipe), folder, resume=resume, audience=_Witness(accident, step))
         except InputError as error:

@@ -100,6 +100,16 @@ def test_stopped_by_the_machine(recipe: Path, whole: list, tmp_path: Path):
     assert numbers(folder) == whole
 
 
+def test_stopped_where_evaluation_and_a_probe_are_due(recipe: Path, whole: list, tmp_path: Path):
+    """Step 7 is evaluated and step 10 is measured: what the sitting did not do any more, the next one does."""
+    folder = tmp_path / "run"
+    for point, resume in ((7, False), (10, True)):
+        assert sitting(recipe, folder, "stop in", point, resume) == 130
+        assert not [row for row in Table.read(folder) if row.step == point and row.probe != "train"]
+    assert sitting(recipe, folder, None, 0, resume=True) == 0
+    assert numbers(folder) == whole
+
+
 def test_after_the_newest_checkpoint_was_deleted_or_damaged(recipe: Path, whole: list, tmp_path: Path):
     folder = tmp_path / "run"
     assert sitting(recipe, folder, "kill", 17, resume=False) == -signal.SIGKILL

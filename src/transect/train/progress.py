@@ -10,7 +10,8 @@ class Progress:
 
     seconds: spent in steps, without evaluation, probes and writing. flops: of the model as `budget` counts them,
     forward and backward. skipped: steps whose loss or gradient was not finite; bad: how many of these there were in a
-    row, up to now. loss: the last in-distribution validation loss, nats per token.
+    row, up to now. loss: the last in-distribution validation loss, nats per token. owed: whether the evaluation and the
+    probes that are due at this step were put off, as the run was being stopped.
     """
 
     step: int = 0
@@ -21,6 +22,7 @@ class Progress:
     skipped: int = 0
     bad: int = 0
     loss: float | None = None
+    owed: bool = False
 
     def plain(self) -> dict[str, Any]:
         """Numbers for a JSON file."""

@@ -137,6 +137,9 @@ class Run:
         reason = "steps" if progress.step >= self.steps else None
         if progress.step == 0:
             self._write(self._evaluated())
+        if progress.owed:
+            self._look(last=False)
+            progress.owed = False
         self.meters.before = progress.seconds
         try:
             with Ahead(self._batch, progress.step, self.steps) as batches:
@@ -191,41 +194,53 @@ class Run:
     def _after(self, done: Done, stopped: Callable[[], bool]) -> str | None:
         """What is due after a step; the reason to stop, if there is one."""
         progress, config = self.progress, self.config
-        last = progress.step >= self.steps
-        reason = "steps" if last else None
+        reason = "steps" if progress.step >= self.steps else None
         late = config.max_minutes is not None and time.monotonic() - self._began > 60 * config.max_minutes
         if self.world.any(late):
-            reason, last = reason or "max_minutes", True
-        if self._due(config.evaluation.every, progress.step) or last:
-            self._write(self._evaluated())
-            if config.target_loss is not None and progress.loss is not None and progress.loss <= config.target_loss:
-                reason, last = "target_loss", True
-        if self._due(config.log_every, progress.step) or last:
-            self._log(done)
+            reason = reason or "max_minutes"
+        shown = self._due(config.log_every, progress.step) or reason is not None
+        if shown:
+            self._write(rows_of.of_step(done, self.optimizer.rates(), progress.skipped))
+            self._write(rows_of.of_meters(self.meters))
         hopeless = progress.bad >= config.bad_steps
-        halted = self.world.any(stopped()) or hopeless
-        if not halted:
-            self._write(self.probing.rows(self.model, self.probing.due(progress.step, last)))
-        kept = config.checkpoints
-        if last or halted or self._due(kept.every, progress.step) or progress.step in kept.keep_at:
-            wait = last or halted or self.world.device.type == "cpu"  # there a thread would only slow the steps down
-            self.checkpoints.save(self.model, self.optimizer, progress.plain(), self.corpus.tokenizer(), wait)
+        halted = hopeless or (reason is None and self.world.any(stopped()))
+        progress.owed = halted
+        if not halted and self._look(reason is not None):
+            reason = "target_loss"
+        if shown:
+            self._show(done)
+        halted = halted or (reason is None and self.world.any(stopped()))
+        self._keep(reason is not None or halted)
         if hopeless:
-            self.checkpoints.finish()
             raise InputError(
                 f"the loss or its gradient was not finite in {progress.bad} steps in a row, up to step "
                 f"{progress.step}; the weights before them are kept; lower the learning rate or train.clip"
             )
-        return "stopped" if halted and not last else reason
+        return "stopped" if halted else reason
 
-    def _log(self, done: Done) -> None:
-        if not self.world.is_main:
-            return
-        rates = self.optimizer.rates()
-        rows = rows_of.of_step(done, rates, self.progress.skipped)
-        self._write(rows + rows_of.of_meters(self.meters))
-        shown = {"loss": done.losses["main"], "valid": self.progress.loss}
-        self.audience.step(self.progress, shown | {name: value for name, (value, _, _) in self.meters.read().items()})
+    def _look(self, last: bool) -> bool:
+        """Evaluation and probes, where they are due; whether the target loss is reached."""
+        progress, config = self.progress, self.config
+        reached = False
+        if self._due(config.evaluation.every, progress.step) or last:
+            self._write(self._evaluated())
+            target = config.target_loss
+            reached = target is not None and progress.loss is not None and progress.loss <= target
+        self._write(self.probing.rows(self.model, self.probing.due(progress.step, last or reached)))
+        return reached
+
+    def _keep(self, ends: bool) -> None:
+        """A checkpoint, where one is due or the sitting ends."""
+        kept, step = self.config.checkpoints, self.progress.step
+        if ends or self._due(kept.every, step) or step in kept.keep_at:
+            wait = ends or self.world.device.type == "cpu"  # there a thread would only slow the steps down
+            self.checkpoints.save(self.model, self.optimizer, self.progress.plain(), self.corpus.tokenizer(), wait)
+
+    def _show(self, done: Done) -> None:
+        if self.world.is_main:
+            shown = {"loss": done.losses["main"], "valid": self.progress.loss}
+            shown |= {name: value for name, (value, _, _) in self.meters.read().items()}
+            self.audience.step(self.progress, shown)
 
     def _evaluated(self) -> list[Row]:
         rows, loss = self.evaluation.rows(self.model)
