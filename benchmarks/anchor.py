@@ -63,6 +63,7 @@ def main() -> None:
         vocab = corpus.card.vocab_size
         for seed in range(given.seeds):
             changes = [f"data.path={folder / 'data'}", f"train.seed={seed}", f"model.vocab_size={vocab}"]
+            changes.append("train.evaluation.every=null")  # at the end is enough
             table = train(load("nanogpt-char", changes), folder / f"run{seed}").table
             last = table.where(metric="nats_per_token", split="valid", step=2000).rows[0]
             assert last.value is not None
