@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from saving import TinyRun, assert_same, kept
 from transect.errors import InputError
-from transect.train import shards
+from transect.models import shards
 from transect.train.checkpoints import Checkpoints
 from transect.train.config import CheckpointConfig
 from transect.train.distributed.config import ParallelConfig

@@ -16,7 +16,7 @@ import torch
 
 from saving import TinyRun, assert_same, kept
 from transect.errors import InputError
-from transect.train import damage, shards
+from transect.models import damage, shards
 from transect.train.checkpoints import Checkpoints
 
 PRELOADED = ["torch.distributed.fsdp", "transect.train.checkpoints", "transect.train.optimizers.adamw"]

@@ -12,7 +12,7 @@ from torch import nn
 
 from saving import TinyRun, assert_same, kept
 from transect.errors import InputError
-from transect.train import shards
+from transect.models import shards
 from transect.train.saved import optimizer_state, restore, room_for
 
 MUON = {"kind": "muon", "lr": 0.01, "adamw_lr": 0.003}

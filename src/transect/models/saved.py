@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from transect.errors import InputError
+from transect.models import shards
+from transect.models.damage import MANIFEST, Damaged, check, whole_before
 from transect.models.stub import write_stub
-from transect.train import shards
-from transect.train.damage import MANIFEST, Damaged, check, whole_before
 
 
 def is_checkpoint(folder: Path) -> bool:

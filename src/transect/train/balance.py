@@ -69,10 +69,12 @@ class Loads:
         for name, counts in self.counts.items():
             told = load_statistics(counts.round().long())
             pairs = float(told["pairs"])
+            if not pairs:  # nothing was chosen, so nothing can be said
+                continue
             numbers = {
                 "dead_fraction": 1 - float(told["used_share"]),
                 "largest_load": float(told["largest_load"]),
-                "drop_fraction": 1 - float(self.read[name]) / pairs if pairs else 0.0,
+                "drop_fraction": 1 - float(self.read[name]) / pairs,
             }
             if "entropy" in told:
                 numbers["entropy"] = float(told["entropy"])

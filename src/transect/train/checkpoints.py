@@ -14,10 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from transect.errors import InputError
-from transect.models.saved import write_description
-from transect.train import shards
-from transect.train.config import CheckpointConfig
-from transect.train.damage import (
+from transect.models import shards
+from transect.models.damage import (
     Damaged,
     check_files,
     check_strangers,
@@ -26,9 +24,11 @@ from transect.train.damage import (
     whole_before,
     write_manifest,
 )
+from transect.models.saved import write_description
+from transect.models.shards import Form, Piece
+from transect.train.config import CheckpointConfig
 from transect.train.exchange import Exchange, Peers
-from transect.train.saved import Form, model_state, optimizer_state, restore, room_for
-from transect.train.shards import Piece
+from transect.train.saved import model_state, optimizer_state, restore, room_for
 
 _NAME = re.compile(r"step-([0-9]{8,})")
 MODEL, OPTIMIZER = "state/model", "state/optimizer"

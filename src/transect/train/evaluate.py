@@ -9,7 +9,7 @@ import torch
 from transect.data.corpus import Corpus
 from transect.data.evaluation import EvaluationText
 from transect.errors import InputError
-from transect.metrics.errors import Error, bootstrap
+from transect.metrics.errors import bootstrap
 from transect.models.build import LanguageModel
 from transect.models.loss import LossRule
 from transect.recipes.recipe import Recipe
@@ -82,21 +82,22 @@ def _of_domain(split: str, domain: str, sums: np.ndarray, keys: np.ndarray) -> l
 
     values, errors = bootstrap(sums, keys, statistic, seed=0)
     named: Sequence[tuple[str, str]] = (("nats_per_token", "nats/token"), ("bits_per_byte", "bits/byte"))
-    return [
-        _row(Row(metric=metric, value=0.0, unit=unit), float(value), error, split, domain, sums)
-        for (metric, unit), value, error in zip(named, values, errors, strict=True)
+    blanks = [
+        Row(
+            metric=metric,
+            value=0.0,
+            unit=unit,
+            task="language_modelling",
+            split=split,
+            domain=domain,
+            n=int(sums[:, 1].sum()),
+            documents=len(sums),
+        )
+        for metric, unit in named
     ]
-
-
-def _row(blank: Row, value: float, error: Error | None, split: str, domain: str, sums: np.ndarray) -> Row:
-    found = blank.measured(value, error) if math.isfinite(value) else blank.missing("the model gives NaN or infinity")
-    return Row(
-        **{
-            **{name: getattr(found, name) for name in ("metric", "value", "unit", "reason", "stderr", "low", "high")},
-            "task": "language_modelling",
-            "split": split,
-            "domain": domain,
-            "n": int(sums[:, 1].sum()),
-            "documents": len(sums),
-        }
-    )
+    return [
+        blank.measured(float(value), error)
+        if math.isfinite(value)
+        else blank.missing("the model gives NaN or infinity")
+        for blank, value, error in zip(blanks, values, errors, strict=True)
+    ]

@@ -62,7 +62,9 @@ class Probing:
             view = self._view(copy)
             for config, probe, text in due:
                 table = run_plan(make(view, [probe], text, config.batch_size, self.recipe.train.seed))
-                rows += [replace(row, split=row.split or config.split, domain=config.domain) for row in table]
+                rows += [
+                    replace(row, split=row.split or config.split, domain=row.domain or config.domain) for row in table
+                ]
         self.world.barrier()
         return rows
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-Form = tuple[tuple[int, ...], torch.dtype]
-"""A saved tensor's whole shape, and its type."""
+from transect.models.shards import Form
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
-from transect.train.saved import Form
+Form = tuple[tuple[int, ...], torch.dtype]
+"""A saved tensor's whole shape, and its type."""
+
 
 _NAMES = {
     torch.float64: "F64",

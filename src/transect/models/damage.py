@@ -2,16 +2,17 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
 from transect.errors import InputError
-from transect.view.checkpoints import step_of
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1
+_STEP = re.compile(r"step-([0-9]{8,})")
 
 
 class Damaged(InputError):
@@ -86,11 +87,11 @@ def check(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> di
 
 def whole_before(folder: Path) -> Path | None:
     """The nearest undamaged checkpoint of the same run with a lower step; None where there is none. Reads them."""
-    own = step_of(folder.name)
+    own = _STEP.fullmatch(folder.name)
     if own is None:
         return None
-    beside = {step: path for path in folder.parent.glob("step-*") if (step := step_of(path.name)) is not None}
-    for step in sorted((step for step in beside if step < own), reverse=True):
+    beside = {int(found[1]): path for path in folder.parent.iterdir() if (found := _STEP.fullmatch(path.name))}
+    for step in sorted((step for step in beside if step < int(own[1])), reverse=True):
         try:
             check(beside[step])
         except InputError:
