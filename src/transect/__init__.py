@@ -9,7 +9,10 @@ if TYPE_CHECKING:  # what the lazy names below are, for type checkers and editor
     from transect import data as data
     from transect import probes as probes
     from transect import recipes as recipes
+    from transect import tasks as tasks
+    from transect.compare import compare as compare
     from transect.errors import InputError as InputError
+    from transect.evaluate import evaluate as evaluate
     from transect.measure import measure as measure
     from transect.models import penalties as penalties
     from transect.models.budget import budget as budget
@@ -32,7 +35,9 @@ _NAMES = {
     "View": ("transect.view.view", "View"),
     "budget": ("transect.models.budget", "budget"),
     "commit": ("transect.view.commit", "commit"),
+    "compare": ("transect.compare", "compare"),
     "match": ("transect.models.match", "match"),
+    "evaluate": ("transect.evaluate", "evaluate"),
     "measure": ("transect.measure", "measure"),
     "plan": ("transect.plan", "make"),
     "run": ("transect.measure", "run"),
@@ -42,6 +47,7 @@ _NAMES = {
     "penalties": ("transect.models.penalties", None),
     "probes": ("transect.probes", None),
     "recipes": ("transect.recipes", None),
+    "tasks": ("transect.tasks", None),
 }
 
 __all__ = [*_NAMES]

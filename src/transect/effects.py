@@ -134,3 +134,41 @@ def evaluation_rows(effects: Effects, setting: Setting, variants: Sequence[Varia
     common |= {"layer_to": setting.view.num_layers - 1, "documents": setting.units}
     yield Row(value=done, variant="done", **common)
     yield Row(value=naive - done, variant="saved", **common)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recovered:
+    """What share of an edit's cost training takes back [cases], with errors; and the errors of the costs themselves."""
+
+    values: np.ndarray
+    errors: list[Error | None]
+    costs: list[Error | None]
+
+    @property
+    def cases(self) -> int:
+        """Edited models that there is a direct cost of."""
+        return len(self.values)
+
+    def row(self, at: int, like: Row, reason: str | None) -> Row:
+        """The row of the edited model number `at`, counted from 1; reason: why there is no cost after training."""
+        row, cost = replace(like, metric="recovered"), self.costs[at - 1]
+        if reason is None and (cost is None or not cost.low > 0):
+            reason = "the cost before training is not above its error, so no share of it can be told"
+        return row.measured(float(self.values[at - 1]), self.errors[at - 1]) if reason is None else row.missing(reason)
+
+
+def recovered(before: np.ndarray, after: np.ndarray, keys: np.ndarray, seed: int) -> Recovered:
+    """1 - cost after training / cost before it, a cost being the loss above the unedited model's; 1: all is back.
+
+    before, after [units, 1 + cases]: sums of what is lost, the unedited model's first, trained equally long where the
+    edited ones are. Below 0: training has made it worse. Dimensionless, up to 1 or above.
+    """
+    cases = before.shape[1] - 1
+
+    def statistic(totals: np.ndarray) -> np.ndarray:
+        costs = [part[:, 1:] - part[:, :1] for part in (totals[:, : cases + 1], totals[:, cases + 1 :])]
+        with np.errstate(invalid="ignore", divide="ignore"):  # a draw without any cost has no share
+            return np.concatenate([costs[0], 1 - costs[1] / costs[0]], axis=1)
+
+    values, errors = bootstrap(np.concatenate([before, after], axis=1), keys, statistic, seed)
+    return Recovered(values[cases:], errors[cases:], errors[:cases])

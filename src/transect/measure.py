@@ -113,6 +113,12 @@ class _Keeper:
         if stopped():
             raise KeyboardInterrupt
 
+    def done(self, states: list[Any]) -> None:
+        """Save behind a training, which is long."""
+        self.batch += 1
+        if self.folder is not None:
+            self.save(states)
+
     def save(self, states: list[Any]) -> None:
         """Write everything needed to go on."""
         assert self.folder is not None
@@ -156,6 +162,7 @@ def _run_pass(plan: Plan, item: Pass, keeper: _Keeper, progress: Progress | None
             if item.watches(probe, stage):
                 probe.turn(state, setting, stage.phase)
         keeper.stage, keeper.batch = index + 1, 0
+    _train_edited(item, keeper, states, progress, stopped)
     rows = []
     for probe, setting, state in zip(item.probes, item.settings, states, strict=True):
         rows += stamped(probe.rows(state, setting), plan, probe)
@@ -236,6 +243,23 @@ def _edit_batch(view: View, item: Pass, state: Any, batch: Batch, tick: Callable
         probe.see_edit(state, setting, number, outcome)
 
 
+def _train_edited(
+    item: Pass, keeper: _Keeper, states: list[Any], progress: Progress | None, stopped: Callable[[], bool]
+) -> None:
+    """Each training of the pass's one probe that is not done yet; a stop loses the one it comes in."""
+
+    def tick(tokens: int) -> None:
+        if progress is not None:
+            progress(tokens, "train")
+        if stopped():
+            keeper.between(states, stopped)
+
+    for number in range(keeper.batch, len(item.trainings)):
+        (probe,), (setting,) = item.probes, item.settings
+        probe.train(states[0], setting, number, tick)
+        keeper.done(states)
+
+
 def _refuse_nan(view: View, hidden: Tensor, batch: Batch) -> None:
     if not bool(torch.isfinite(hidden[batch.mask.to(hidden.device)]).all()):
         raise InputError(_not_finite(view))
@@ -307,7 +331,9 @@ def _code() -> str:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
 __all__ = ["Dataset", "measure", "run"]

@@ -41,6 +41,7 @@ class Pass:
     stages: tuple[Stage, ...]
     bytes: int
     full_width: bool
+    trainings: tuple[int, ...] = ()  # of edited models: what each takes, as tokens through the whole model
 
     @property
     def edits(self) -> int:
@@ -83,7 +84,7 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens that go through the whole model in all passes, edited models with the layers they do not share."""
-        return sum(
+        return sum(sum(item.trainings) for item in self.passes) + sum(
             int(self._stage_tokens(stage) * (item.layers_run() / self.view.num_layers if stage.phase == "edit" else 1))
             for item in self.passes
             for stage in item.stages
@@ -107,6 +108,9 @@ class Plan:
             lines.append(f"pass {number}  {names}: layers {layers[0]}-{layers[-1]}, tokens {parts}")
             if item.edits:
                 lines.append(f"        {item.edits:,} edited models, {item.layers_run():,} layers for each batch")
+            if item.trainings:
+                taken = f"{len(item.trainings):,} trainings of edited models, as long as {sum(item.trainings):,} tokens"
+                lines.append(f"        {taken}")
             lines.append(f"        memory for sums {memory.readable(item.bytes)}")
         parts = {"weights": self.weights, "sums": self.bytes, "one batch": self.activations}
         listed = " + ".join(f"{name} {memory.readable(size)}" for name, size in parts.items())
@@ -218,6 +222,7 @@ def _passes(
         whole,
         fit_units=len(np.unique(units[fitted[0]])) if fitted else 0,
         edit_sequences=edited[0] if edited else whole.edit_sequences,
+        train_sequences=_canonical(data, _unscored(data, reading, seed), seed),
     )
     fixed = sum(probe.memory(whole) for probe in probes if not probe.by_layer)
     room = int(SHARE * free)
@@ -234,7 +239,9 @@ def _passes(
         settings = tuple(replace(whole, layers=group) if probe.by_layer else whole for probe in members)
         size = sum(probe.memory(setting) for probe, setting in zip(members, settings, strict=True))
         full = any(probe.wants_padding() for probe in members)
-        item = Pass(members, settings, shown, stages, size, full)
+        pairs = zip(members, settings, strict=True)
+        trainings = tuple(tokens for probe, setting in pairs for tokens in probe.trainings(setting))
+        item = Pass(members, settings, shown, stages, size, full, trainings)
         passes.append(replace(item, stages=tuple(_short(stage, item) for stage in stages)))
     return passes
 
@@ -261,9 +268,10 @@ def _stages(probes: list[Probe], data: Dataset, reading: Reading, batch_size: in
     if rule is not None:
         part = assign(data, rule.score_fraction, rule.tune_fraction, rule.method, seed).part
         scored = np.flatnonzero(part == SCORE)
+    if rule is not None and reading.fits:
         for phase, code in (("fit", FIT), ("tune", TUNE)):
             stages.append(Stage(phase, _longest_first(data, np.flatnonzero(part == code)), batch_size))
-        seen = np.flatnonzero(part != SCORE)
+        seen = _unscored(data, reading, seed)
         for epoch in range(max(probe.epochs() for probe in probes)):
             stages.append(Stage("train", _canonical(data, seen, seed + 1 + epoch), TRAIN_BATCH, epoch))
     if reading.observes:
@@ -271,6 +279,14 @@ def _stages(probes: list[Probe], data: Dataset, reading: Reading, batch_size: in
     if reading.edit_tokens:
         stages.append(Stage("edit", _sampled(data, scored, reading.edit_tokens, seed), batch_size))
     return tuple(stages)
+
+
+def _unscored(data: Dataset, reading: Reading, seed: int) -> np.ndarray:
+    """The sequences of fit and tune; none without a split."""
+    rule = reading.split
+    if rule is None:
+        return np.zeros(0, dtype=np.int64)
+    return np.flatnonzero(assign(data, rule.score_fraction, rule.tune_fraction, rule.method, seed).part != SCORE)
 
 
 def _canonical(data: Dataset, sequences: np.ndarray, seed: int) -> np.ndarray:

@@ -1,12 +1,13 @@
 """Short tables of the probes whose rows have more to them than a number for each layer."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from transect.results import Row, Table
 
 COST = (("loss_change", "loss change"), ("kl", "KL"), ("agreement", "agreement"), ("state_change", "state change"))
+_OF_TASKS = (("accuracy_change", "accuracy change"), ("recovered", "recovered"))
 _MOST_PARTS = 6
 
 
@@ -54,8 +55,16 @@ def _contribution(table: Table) -> Iterable[Summary]:
 
 
 def _commutativity(table: Table) -> Iterable[Summary]:
+    for stage, words in (("", ""), ("/continued", ", after training")):
+        yield _orders(table, stage, words)
+    yield _evaluations(table)
+
+
+def _orders(table: Table, stage: str, said: str) -> Summary:
+    own = table.where(lambda row: row.variant is not None and row.variant.endswith("/continued") == bool(stage))
+    table = Table(replace(row, variant=str(row.variant).removesuffix(stage)) for row in own)
     pairs = table.where(lambda row: row.variant in ("pairs", "adjacent", "mirrored"))
-    metrics = [(metric, title) for metric, title in COST if len(table.where(metric=metric))]
+    metrics = [(metric, title) for metric, title in (*COST, *_OF_TASKS) if len(table.where(metric=metric))]
     distances = sorted({_distance(row) for row in pairs})
     groups: list[tuple[str, list[Row]]] = [
         (f"swap, {distance} apart", [row for row in pairs if _distance(row) == distance]) for distance in distances
@@ -68,17 +77,22 @@ def _commutativity(table: Table) -> Iterable[Summary]:
         if rows:
             lines.append((words, str(len(_edits(rows))), *(_mean(rows, metric) for metric, _ in metrics)))
     heads = ("order of layers", "orders", *(title for _, title in metrics))
-    yield Summary("commutativity: means over orders", heads, lines)
-    yield _evaluations(table)
+    return Summary(f"commutativity: means over orders{said}", heads, lines)
 
 
 def _ablation(table: Table) -> Iterable[Summary]:
     main = next((metric for metric, _ in COST if len(table.where(metric=metric))), "loss_change")
+    for metric in (main, *(name for name, _ in _OF_TASKS)):
+        yield from _ablated(table, metric)
+    yield _evaluations(table)
+
+
+def _ablated(table: Table, main: str) -> Iterable[Summary]:
     rows = table.where(lambda row: row.metric == main and row.variant is not None and "/" in row.variant)
     for variant in dict.fromkeys(row.variant for row in rows):
         own = [row for row in rows if row.variant == variant]
         parts = list(dict.fromkeys(row.element for row in own))[:_MOST_PARTS]
-        schedule = str(variant).partition("/")[2]
+        schedule = str(variant).split("/")[1]
         cells: dict[tuple[str | None, int], list[Row]] = {}
         for row in own:
             at = row.layer_to if schedule == "from_below" else row.layer
@@ -88,7 +102,6 @@ def _ablation(table: Table) -> Iterable[Summary]:
         body = [(str(at), *(_mean(cells.get((part, at), []), main) for part in parts)) for at in places]
         title = f"ablation: {main.replace('_', ' ')}, {str(variant).replace('/', ', ').replace('_', ' ')}"
         yield Summary(title, (where, *(str(part).replace("_", " ") for part in parts)), body)
-    yield _evaluations(table)
 
 
 def _routing(table: Table) -> Iterable[Summary]:

@@ -1,5 +1,6 @@
 """What README and docs show runs and is there."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import corpora
+import judged
 import transect as tx
 from families import tiny_model
-from transect import registry
+from transect import registry, suites
 from transect.models import ModelConfig, TransectForCausalLM
 from transect.probes.base import Probe
 
@@ -117,3 +120,35 @@ def test_probe_with_edits_of_the_docs_measures(tmp_path: Path, monkeypatch: pyte
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         assert row.value == pytest.approx(float(loss), rel=1e-12)
         assert row.edit == f"without layer {layer}" and row.stderr > 0
+
+
+def test_task_of_the_docs_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "first_word.py").write_text(fences("docs/add_a_task.md", "python")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "first_word", raising=False)
+    one = judged.view()
+    corpora.write_texts(tmp_path / "texts.jsonl", texts := corpora.documents(7, 3, length=5))
+    task = suites.make("first_word:FirstWord", {"data": "texts.jsonl"})
+    (row,) = tx.evaluate(one, [task], folders=[tmp_path])
+    start, ids = one.tokenizer.bos_token_id, [one.tokenizer(text)["input_ids"][0] for text in texts]
+    nats = [judged.causal_nats(one.model, [start], [first])[0] for first in ids]
+    assert row.value == pytest.approx(-sum(nats) / 7, abs=1e-9) and row.n == 7 and row.task == "first_word"
+
+
+def test_data_set_of_the_docs_is_read(tmp_path: Path) -> None:
+    text = fences("docs/judge.md", "yaml")[0]
+    (tmp_path / "capitals.yaml").write_text(text)
+    record = {"country": "France", "capital": "Paris", "others": ["Lyon", "Nice"]}
+    (tmp_path / "capitals.jsonl").write_text(json.dumps(record) + "\n")
+    task = suites.make("options", {"data": str(tmp_path / "capitals.yaml")})
+    table = tx.evaluate(judged.view("llama", positions=512), [task], folders=[tmp_path])
+    assert table.where(variant="chance").rows[0].value == pytest.approx(1 / 3)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("material", ["minilm"], indirect=True)
+def test_python_of_the_judging_page_runs(material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exec(compile(fences("docs/judge.md", "python")[0], "docs/judge.md", "exec"), names)
+    assert len(names["table"].where(metric="accuracy", site="resid")) == 7

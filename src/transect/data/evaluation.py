@@ -70,13 +70,13 @@ class EvaluationText:
         self._part = corpus.part(split, domain)
         offsets = np.asarray(self._part.offsets)
         lengths = np.diff(offsets) - 1
-        chosen, self.keys = _chosen(lengths, tokens)
+        chosen, self.keys = chosen_documents(lengths, tokens)
         if not len(chosen):
             raise InputError(f"domain {domain!r} of split {split!r} of {corpus.path} has no text; leave it out")
         self.documents, self.lengths, self._offsets = len(chosen), lengths[chosen], offsets[chosen]
         self.bytes = np.asarray(self._part.bytes)[chosen].astype(np.float64)
         self._numbers = chosen
-        self._windows = _windows(self.lengths, room, stride or room)
+        self._windows = cut_windows(self.lengths, room, stride or room)
         if not model.causal:
             document, _, end, new = self._windows
             self.bytes *= np.bincount(document, wanted(end - new, data.mask_rate)) / self.lengths
@@ -117,8 +117,8 @@ class EvaluationText:
         )
 
 
-def _chosen(lengths: np.ndarray, tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the documents to read, in order, and their hashes."""
+def chosen_documents(lengths: np.ndarray, tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the documents to read, in an order by hash of their number, and these hashes; as many as `tokens` allows."""
     numbers = np.flatnonzero(lengths)
     keys = draws(0, Purpose.EVALUATION, numbers)
     order = np.argsort(keys, kind="stable")
@@ -127,7 +127,7 @@ def _chosen(lengths: np.ndarray, tokens: int | None) -> tuple[np.ndarray, np.nda
     return numbers[order], keys[order]
 
 
-def _windows(lengths: np.ndarray, room: int, stride: int) -> np.ndarray:
+def cut_windows(lengths: np.ndarray, room: int, stride: int) -> np.ndarray:
     """[4, windows], the longest first: document, first token, last token + 1, first token that is asked for."""
     counts = 1 + -(-np.maximum(lengths - room, 0) // stride)
     document = np.repeat(np.arange(len(lengths)), counts)

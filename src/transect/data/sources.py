@@ -123,10 +123,20 @@ def _builtin(source: str) -> list[Unit]:
     ]
 
 
-def _hugging_face(path: str, split: str | None, domain: str | None, columns: Columns, kept: Path | None) -> Unit:
+def open_dataset(path: str) -> Any:
+    """The rows of `hf:NAME[:CONFIG[:SPLIT]]`; raises InputError where they cannot be had."""
+    return _load(path, _which(path), stream=False)
+
+
+def _which(path: str) -> tuple[str, str, str]:
     name, config, part = [*path.removeprefix("hf:").split(":"), "", ""][:3]
     if not name or path.count(":") > 3:
         raise InputError(f"source {path!r} does not fit; write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
+    return name, config, part
+
+
+def _hugging_face(path: str, split: str | None, domain: str | None, columns: Columns, kept: Path | None) -> Unit:
+    name, config, part = _which(path)
     label = domain or Path(name).name
     if kept is not None:
         return Unit(path, split, label, None, lambda: _streamed(path, (name, config, part), columns, kept))

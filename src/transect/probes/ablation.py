@@ -1,12 +1,20 @@
 """What breaks when a part goes: the cost of removing or replacing heads, FFNs, attention and whole layers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from transect.effects import BLANK, Effects, evaluation_rows, fixed_order, measured
+from torch import nn
+
+from transect.after_edit import TransferOption
+from transect.effects import BLANK, Effects, Measured, evaluation_rows, fixed_order, measured
 from transect.errors import InputError
 from transect.parallel import on_every_core
+from transect.probes._after_edit import AfterState, Found, after_edit, behind, found_of, split_for, work_of
+from transect.probes._continued import Course
+from transect.probes._learnt import Learnt
+from transect.probes._on_labels import Labels
+from transect.probes._on_text import Text
 from transect.probes._replacements import FITTED, METHODS, TRAINED, Replacement, change
 from transect.probes.base import Outcome, Probe, Reading, Setting, Sight, SplitRule
 from transect.results import Row
@@ -21,6 +29,8 @@ PARTS = ("ffn", "ffn_up", "attn_heads", "attn", "layer", "head", "ffn2", "inner_
 SCHEDULES = ("single", "from_below", "from_above")
 RESIDUALS = ("both", "attn", "ffn", "ffn2")
 _OF_HEADS = ("zero", "mean")
+FREEZE = "freeze"
+_FREEZABLE = ("ffn", "attn", "layer", "ffn2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +67,13 @@ class AblationState:
     fitted: dict[tuple[int, str], Replacement]
     effects: Effects
     epoch: int = 0
+    after: AfterState | None = None
 
     def pack(self) -> dict:
         """Plain tensors and numbers."""
         fitted = {f"{layer} {part}": one.pack() for (layer, part), one in self.fitted.items()}
-        return {"fitted": fitted, "effects": self.effects.pack(), "epoch": self.epoch}
+        after = self.after and self.after.pack()
+        return {"fitted": fitted, "effects": self.effects.pack(), "epoch": self.epoch, "after": after}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +87,19 @@ class Ablation(Probe):
     fitted on other documents than those scored: `mean` of the output (of a layer's update), `linear` (ridge map of
     the part's own input), and trained by Adam `cosine_adam`, `mse_adam`, `relu_control` (one ReLU layer), `two_linear`
     (d -> 4d -> d). Heads take `zero` and `mean`, one at a time. Residuals: stream = w x + branch for each weight w of
-    `residual_weights`. loss_change, kl, agreement and state_change as in `commutativity`.
+    `residual_weights`. loss_change, kl, agreement and state_change as in `commutativity`, as are the rows of transfer,
+    whose trainings of ablated models start from the model as it is and a new classifier; fitted maps learn with it,
+    random weights do not. `freeze`, with such trainings alone: nothing goes, but the part does not learn.
 
-    Range and unit: loss, loss_change and kl in nats per target; agreement and state_change 0 to 1.
+    Range and unit: loss, loss_change and kl in nats per target; agreement, state_change and accuracy 0 to 1; recovered
+    up to 1.
     Reads: with fitted methods the parts' inputs and outputs; the losses are causal or masked.
     Source: arXiv 2101.04547, replacement, removal and cancelled skips. Differences: exact zero by default, where the
-    paper's code left frozen noise; no training after the edit; cosine-trained maps are rescaled by <y,y*>/<y*,y*>.
+    paper's code left frozen noise; no training after the edit unless asked for; cosine-trained maps are rescaled by
+    <y,y*>/<y*,y*>.
     Raises: InputError for an unknown part, method or schedule, an unknown mask token, layers to leave out of a loop.
     Cost: about L^2 layers for each part, method and schedule on `sample` tokens; layers below the first ablated one
-    are run once for all.
+    are run once for all. With transfer: one training for each.
     """
 
     title: ClassVar[str] = "What breaks when a part goes"
@@ -103,15 +119,20 @@ class Ablation(Probe):
     objective: Asked = "auto"
     mask_id: int | None = None
     mask_rate: float = 0.15
+    transfer: TransferOption = None
 
     def __post_init__(self) -> None:
-        allowed = {"parts": PARTS, "methods": METHODS, "schedules": SCHEDULES, "residuals": RESIDUALS}
+        allowed = {"parts": PARTS, "methods": (*METHODS, FREEZE), "schedules": SCHEDULES, "residuals": RESIDUALS}
         for name, known in allowed.items():
             for value in getattr(self, name):
                 if value not in known:
                     raise InputError(f"ablation: {value!r} is no entry of {name}; allowed are {', '.join(known)}")
         if self.sample < 1 or self.train_epochs < 0:
             raise InputError("ablation: sample is 1 or more, train_epochs 0 or more")
+        if FREEZE in self.methods and (self.transfer is None or not self.transfer.continued):
+            raise InputError(
+                "ablation: freeze says what training leaves alone; give transfer with after_edit: continued"
+            )
         check_objective("ablation", self.objective, self.mask_rate)
 
     @property
@@ -122,15 +143,18 @@ class Ablation(Probe):
     def refusal(self, view: View) -> str | None:
         """Layers cannot be left out of a model that runs them in a loop."""
         reason = fixed_order(view) if "layer" in self.parts and "zero" in self.methods else None
-        return reason and f"{reason}; ablate other parts of it, as in --set ablation.parts=[ffn, attn]"
+        if reason is not None:
+            return f"{reason}; ablate other parts of it, as in --set ablation.parts=[ffn, attn]"
+        return None if self.transfer is None else self.transfer.refusal(view)
 
     def reading(self, view: View) -> Reading:
         """Edits on a sample; where something is fitted, on a sample of the documents it was not fitted on."""
         targets = None
         if view.has_head:
             targets = objective_for(view, "ablation", self.objective, self.mask_id, self.mask_rate)
-        split = SplitRule(self.score_fraction, self.tune_fraction) if self.fitted_methods else None
-        return Reading(split=split, targets=targets, edit_tokens=self.sample, observes=False)
+        fits = bool(self.fitted_methods)
+        split = SplitRule(self.score_fraction, self.tune_fraction) if fits or split_for(self.transfer) else None
+        return Reading(split=split, targets=targets, edit_tokens=self.sample, observes=False, fits=fits)
 
     def epochs(self) -> int:
         """Training epochs, and one more that finds the scale of what was trained on a cosine."""
@@ -156,7 +180,12 @@ class Ablation(Probe):
                     d, e = view.site_width(layer, element.source), view.site_width(layer, element.target)
                     trained = len(set(self.methods) & set(TRAINED)) + 8 * ("two_linear" in self.methods)
                     total += 16 * (d * d + 2 * d * e) + 8 * d * e * (1 + 3 * trained)
-        return total
+        after = self._after(setting)
+        return total + (0 if after is None else after.memory())
+
+    def _after(self, setting: Setting) -> Labels | Text | None:
+        direct, more = len(self.cases(setting.view)), len(self.frozen_cases(setting.view))
+        return after_edit(self.transfer, setting, direct + more, direct, fresh=True)
 
     def start(self, setting: Setting, packed: dict | None) -> AblationState:
         """Nothing fitted and nothing added up, or what a file holds."""
@@ -166,11 +195,13 @@ class Ablation(Probe):
             for layer in range(view.num_layers)
             for part, element in self._fitted_elements(view, layer).items()
         }
+        after = self._after(setting)
+        own = None if after is None else after.start(None if packed is None else packed["after"])
         if packed is None:
-            return AblationState(fitted, Effects.empty(len(self.cases(view)), setting.units))
+            return AblationState(fitted, Effects.empty(len(self.cases(view)), setting.units), after=own)
         for (layer, part), one in fitted.items():
             one.unpack(packed["fitted"][f"{layer} {part}"])
-        return AblationState(fitted, Effects(**packed["effects"]), packed["epoch"])
+        return AblationState(fitted, Effects(**packed["effects"]), packed["epoch"], own)
 
     def see(self, state: AblationState, setting: Setting, layer: int, seen: Seen, sight: Sight) -> None:
         """Fit rows, tune rows, or a training step."""
@@ -222,15 +253,54 @@ class Ablation(Probe):
         """Add a case's losses and distances."""
         state.effects.add(variant, outcome)
 
+    def work(self, setting: Setting) -> float:
+        """Operations of the trainings."""
+        return work_of(self._after(setting))
+
+    def trainings(self, setting: Setting) -> tuple[int, ...]:
+        """One of the unedited model, one for each case and one for each frozen part."""
+        after = self._after(setting)
+        return () if after is None else after.trainings()
+
+    def train(self, state: AblationState, setting: Setting, number: int, tick: Callable[[int], None]) -> None:
+        """Train the model without what a case takes, or with what it holds still."""
+        after, view = self._after(setting), setting.view
+        assert after is not None
+        cases = [*self.cases(view), *self.frozen_cases(view)]
+        after.train(state.after, number, lambda at: self._course(state, cases[at], setting), tick)  # pyright: ignore[reportArgumentType]
+
+    def _course(self, state: AblationState, case: Case, setting: Setting) -> Course:
+        """The case as it is trained: fitted maps as parameters, random weights held still."""
+        view, parts = setting.view, tuple(f"{case.part}:{layer}" for layer in case.layers)
+        everything = tuple(range(view.num_layers))
+        if case.method == FREEZE:
+            return Course(Variant(everything), frozen=parts)
+        reason = self._missing(state, case)
+        if reason is not None:
+            return Course(Variant(everything), reason=reason)
+        maps = {}
+        if case.method in FITTED:
+            maps = {(n, case.part): Learnt(state.fitted[n, case.part], case.method, view) for n in case.layers}
+        variant = self._variant(case, everything, maps, setting.seed)
+        if case.method != "noise":
+            return Course(variant, nn.ModuleList(maps.values()))
+        if case.part in _FREEZABLE:
+            return Course(variant, frozen=parts)
+        return Course(variant, reason=f"the random weights of {case.part} cannot be held still in training")
+
     def rows(self, state: AblationState, setting: Setting) -> Iterator[Row]:
-        """The intact loss, every case, the parts that layers lack, and the layers run and saved."""
-        view, found = setting.view, measured(state.effects, setting)
-        intact = replace(BLANK, variant="intact", edit="intact")
-        yield from found.rows(None, _of_all(intact, view))
-        for number, case in enumerate(self.cases(view)):
-            reason = self._missing(state, case)
-            rows = found.rows(number, case.row())
-            yield from rows if reason is None else (row.missing(reason) for row in rows)
+        """The intact loss, every case, both again for what trainings came to, lacking parts, layers run and saved."""
+        view, cases, after = setting.view, self.cases(setting.view), self._after(setting)
+        stages: list[tuple[str, Measured | Found]] = [("", measured(state.effects, setting))]
+        if after is not None and state.after is not None:
+            stages += found_of(after, state.after, state.effects)
+        for stage, found in stages:
+            intact = replace(BLANK, variant="intact", edit="intact")
+            yield from found.rows(None, behind(_of_all(intact, view), stage))
+            for number, case in enumerate([*cases, *(self.frozen_cases(view) if stage else ())]):
+                reason = self._missing(state, case)
+                rows = found.rows(number, behind(case.row(), stage))
+                yield from rows if reason is None else (row.missing(reason) for row in rows)
         for part in self.parts:
             for layer in range(view.num_layers):
                 element = present(ELEMENTS[_element(part)], view.maps[layer])
@@ -245,6 +315,8 @@ class Ablation(Probe):
         for part in self.parts:
             layers = [n for n in range(view.num_layers) if _has(view, n, part)]
             for method in self.methods:
+                if method == FREEZE:
+                    continue
                 if part == "head":
                     heads = (range(view.heads(layer)) if method in _OF_HEADS else () for layer in layers)
                     pairs = [(n, head) for n, own in zip(layers, heads, strict=True) for head in own]
@@ -261,6 +333,18 @@ class Ablation(Probe):
                         Case(f"residual_{residual}", f"scale {weight:g}", schedule, run, None, weight)
                         for run in _runs(schedule, layers)
                     ]
+        return found
+
+    def frozen_cases(self, view: View) -> list[Case]:
+        """Every choice of layers whose part does not learn, where that is asked for."""
+        if FREEZE not in self.methods:
+            return []
+        found = []
+        for part in (part for part in self.parts if part in _FREEZABLE):
+            layers = [n for n in range(view.num_layers) if _has(view, n, part)]
+            found += [
+                Case(part, FREEZE, schedule, run) for schedule in self.schedules for run in _runs(schedule, layers)
+            ]
         return found
 
 

@@ -1,7 +1,7 @@
 """Probe: a measurement. Which sites it reads, which edits it makes, what it adds up, which rows come out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -36,7 +36,8 @@ class Reading:
     again in phase `score`. `canonical`: without a split, in an order that follows from the tokens alone; two rounds
     always do. `targets`: what each position is asked for.
     `edit_tokens`: on how much of the text (of the scored part, with a split) edited models are run, in whole sequences;
-    0 for a probe without edits. `observes`: whether the unedited model is looked into at all.
+    0 for a probe without edits. `observes`: whether the unedited model is looked into at all. `fits`: whether it is on
+    the documents of fit and tune, where there is a split.
     """
 
     split: SplitRule | None = None
@@ -45,6 +46,7 @@ class Reading:
     targets: Objective | None = None
     edit_tokens: int = 0
     observes: bool = True
+    fits: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +79,7 @@ class Setting:
     seed: int
     fit_units: int = 0  # units among the fit documents
     edit_sequences: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    train_sequences: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # those not scored
 
     @property
     def units(self) -> int:
@@ -187,6 +190,13 @@ class Probe(ABC):
 
     def see_edit(self, state: Any, setting: Setting, variant: int | None, outcome: Outcome) -> None:  # noqa: B027
         """Add what a variant made of one batch; variant None is the unedited model, and comes first."""
+
+    def trainings(self, setting: Setting) -> tuple[int, ...]:
+        """What each training after an edit takes, as tokens through the whole model; they come last, one by one."""
+        return ()
+
+    def train(self, state: Any, setting: Setting, number: int, tick: Callable[[int], None]) -> None:  # noqa: B027
+        """Do one of the trainings, all or nothing; `tick` hears of tokens done and may raise KeyboardInterrupt."""
 
     @abstractmethod
     def rows(self, state: Any, setting: Setting) -> Iterator[Row]:

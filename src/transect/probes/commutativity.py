@@ -1,14 +1,19 @@
 """Which layers can change places: the cost of running whole layers in another order."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
+from transect.after_edit import TransferOption
 from transect.effects import BLANK, Effects, Measured, evaluation_rows, fixed_order, measured
 from transect.errors import InputError
 from transect.metrics.errors import Error
+from transect.probes._after_edit import AfterState, Found, after_edit, behind, found_of, split_for, work_of
+from transect.probes._continued import Course
+from transect.probes._on_labels import Labels
+from transect.probes._on_text import Text
 from transect.probes.base import Outcome, Probe, Reading, Setting
 from transect.results import Row
 from transect.targets import Asked, check_objective, objective_for
@@ -41,6 +46,18 @@ class Arrangement:
         )
 
 
+@dataclass(slots=True, eq=False)
+class OrderState:
+    """What the orders cost, and what came of trainings after them."""
+
+    effects: Effects
+    after: AfterState | None = None
+
+    def pack(self) -> dict:
+        """Plain tensors and numbers."""
+        return {"effects": self.effects.pack(), "after": self.after and self.after.pack()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Commutativity(Probe):
     """What it costs to run layers in another order: swaps, reversals, shuffles, one layer or a short pattern repeated.
@@ -50,15 +67,19 @@ class Commutativity(Probe):
     (1 - cos)/2 of the last hidden state (after the final norm) from the intact model's. Kinds: `pairs` (i, j),
     `adjacent` (i, i+1), `mirrored` (i, L-1-i), `reversal` of three, `shuffle` with k layers fixed (a layer may land
     home), `repeat` one layer L times, `pattern` a run of layers tiled to L. Shuffles are means over orders, their
-    errors are over orders; all others are over documents.
+    errors are over orders; all others are over documents. transfer: the accuracy of a fine-tuned model in each order
+    (accuracy, accuracy_change), and all of it again after training in that order (variant `.../continued`), against the
+    unedited model trained as long; recovered = 1 - cost after training / cost before. Orders start from the fine-tuned
+    model. See docs/train_after_an_edit.md.
 
-    Range and unit: loss, loss_change and kl in nats per target; agreement and state_change 0 to 1; layers in order.
+    Range and unit: loss, loss_change and kl in nats per target; agreement, state_change and accuracy 0 to 1; layers in
+    order; recovered up to 1.
     Reads: nothing inside the model; the losses are causal (next token) or masked (15 % of the tokens, 80/10/10).
-    Source: arXiv 2101.04547, swaps, shuffles and repeats. Differences: loss and KL in place of task accuracy, direct
-    (no training after the edit); pairs of any layers; 10 orders for each number of fixed layers in place of 100.
+    Source: arXiv 2101.04547, swaps, shuffles and repeats. Differences: loss and KL beside task accuracy, no
+    training after the edit unless asked for; pairs of any layers; 10 orders for each number of fixed layers, not 100.
     Raises: InputError for an unknown kind, a model that runs its layers in a loop, or an unknown mask token.
     Cost: layers up to the first one moved are run once for all arrangements: (L-1) L (L+1) / 3 + L layers for all
-    pairs; one head for each arrangement; `sample` tokens.
+    pairs; one head for each arrangement; `sample` tokens. With transfer: one training for each arrangement.
     """
 
     title: ClassVar[str] = "Which layers can change places"
@@ -73,6 +94,7 @@ class Commutativity(Probe):
     objective: Asked = "auto"
     mask_id: int | None = None
     mask_rate: float = 0.15
+    transfer: TransferOption = None
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
@@ -90,41 +112,71 @@ class Commutativity(Probe):
         targets = None
         if view.has_head:
             targets = objective_for(view, "commutativity", self.objective, self.mask_id, self.mask_rate)
-        return Reading(targets=targets, edit_tokens=self.sample, observes=False)
+        split = split_for(self.transfer)
+        return Reading(split=split, targets=targets, edit_tokens=self.sample, observes=False, fits=False)
 
     def refusal(self, view: View) -> str | None:
-        """A model that runs its layers in a loop has no order to change."""
-        return fixed_order(view)
+        """A model that runs its layers in a loop has no order to change; not every model can be trained further."""
+        return fixed_order(view) or (None if self.transfer is None else self.transfer.refusal(view))
 
     def memory(self, setting: Setting) -> int:
-        """The sums of every arrangement."""
-        return Effects.nbytes(len(self.arrangements(setting.view.num_layers, setting.seed)), setting.units)
+        """The sums of every arrangement, and what trainings take."""
+        after, count = self._after(setting), len(self.arrangements(setting.view.num_layers, setting.seed))
+        return Effects.nbytes(count, setting.units) + (0 if after is None else after.memory())
 
-    def start(self, setting: Setting, packed: dict | None) -> Effects:
-        """Zeros."""
+    def start(self, setting: Setting, packed: dict | None) -> OrderState:
+        """Zeros, or what a file holds."""
+        after, count = self._after(setting), len(self.arrangements(setting.view.num_layers, setting.seed))
+        own = None if after is None else after.start(None if packed is None else packed["after"])
         if packed is not None:
-            return Effects(**packed)
-        return Effects.empty(len(self.arrangements(setting.view.num_layers, setting.seed)), setting.units)
+            return OrderState(Effects(**packed["effects"]), own)
+        return OrderState(Effects.empty(count, setting.units), own)
+
+    def _after(self, setting: Setting) -> Labels | Text | None:
+        if self.transfer is None:
+            return None
+        count = len(self.arrangements(setting.view.num_layers, setting.seed))
+        return after_edit(self.transfer, setting, count, count, fresh=False)
 
     def variants(self, state: Any, setting: Setting) -> tuple[Variant, ...]:
         """Every order as a variant without changes inside layers."""
         return tuple(Variant(one.order) for one in self.arrangements(setting.view.num_layers, setting.seed))
 
-    def see_edit(self, state: Effects, setting: Setting, variant: int | None, outcome: Outcome) -> None:
+    def see_edit(self, state: OrderState, setting: Setting, variant: int | None, outcome: Outcome) -> None:
         """Add an order's losses and distances."""
-        state.add(variant, outcome)
+        state.effects.add(variant, outcome)
 
-    def rows(self, state: Effects, setting: Setting) -> Iterator[Row]:
-        """The intact loss, every arrangement, and the layers run and saved."""
+    def work(self, setting: Setting) -> float:
+        """Operations of the trainings."""
+        return work_of(self._after(setting))
+
+    def trainings(self, setting: Setting) -> tuple[int, ...]:
+        """One of the unedited model, and one for each order."""
+        after = self._after(setting)
+        return () if after is None else after.trainings()
+
+    def train(self, state: OrderState, setting: Setting, number: int, tick: Callable[[int], None]) -> None:
+        """Train the model in one order."""
+        after = self._after(setting)
+        assert after is not None
+        variants = self.variants(state, setting)
+        after.train(state.after, number, lambda at: Course(variants[at]), tick)  # pyright: ignore[reportArgumentType]
+
+    def rows(self, state: OrderState, setting: Setting) -> Iterator[Row]:
+        """The intact loss, every arrangement, both again for what trainings came to, and the layers run and saved."""
         arrangements = self.arrangements(setting.view.num_layers, setting.seed)
-        found = measured(state, setting)
+        after = self._after(setting)
+        stages: list[tuple[str, Measured | Found]] = [("", measured(state.effects, setting))]
+        if after is not None and state.after is not None:
+            stages += found_of(after, state.after, state.effects)
         last = setting.view.num_layers - 1
-        yield from found.rows(None, Arrangement("intact", "intact", 0, last, ()).row())
-        for number, one in enumerate(arrangements):
-            if one.kind != "shuffle":
-                yield from found.rows(number, one.row())
-        yield from _shuffle_rows(arrangements, found)
-        yield from evaluation_rows(state, setting, self.variants(state, setting), "orders of layers")
+        for stage, found in stages:
+            yield from found.rows(None, behind(Arrangement("intact", "intact", 0, last, ()).row(), stage))
+            for number, one in enumerate(arrangements):
+                if one.kind != "shuffle":
+                    yield from found.rows(number, behind(one.row(), stage))
+            yield from _shuffle_rows(arrangements, found, stage)
+        yield from evaluation_rows(state.effects, setting, self.variants(state, setting), "orders of layers")
 
     def arrangements(self, layers: int, seed: int) -> list[Arrangement]:
         """Every order asked for of so many layers."""
@@ -186,14 +238,14 @@ def _spread(most: int) -> tuple[int, ...]:
     return tuple(sorted({round(x) for x in np.linspace(0, most, 7)})) if most >= 0 else ()
 
 
-def _shuffle_rows(arrangements: list[Arrangement], found: Measured) -> Iterator[Row]:
+def _shuffle_rows(arrangements: list[Arrangement], found: Measured | Found, stage: str) -> Iterator[Row]:
     """One row for each number of fixed layers: the mean over orders, with the error over orders."""
     groups: dict[str, list[int]] = {}
     for number, one in enumerate(arrangements):
         if one.kind == "shuffle":
             groups.setdefault(one.edit, []).append(number)
     for numbers in groups.values():
-        like = arrangements[numbers[0]].row()
+        like = behind(arrangements[numbers[0]].row(), stage)
         per_order = [list(found.rows(number, like)) for number in numbers]
         for rows in zip(*per_order, strict=True):
             values = [row.value for row in rows if row.value is not None]

@@ -73,6 +73,11 @@ def by_series(pick: Pick) -> list[tuple[str, Pick]]:
     return [(f": {name}" if len(series) > 1 else "", pick.where("series", name)) for name in series]
 
 
+def by_domain(pick: Pick) -> list[tuple[str, Pick]]:
+    """The records of each domain."""
+    return [(str(domain), pick.where("domain", domain)) for domain in pick.distinct("domain")]
+
+
 def _layers_or_bars(panel: _Panel, metric: str, values: Values, note: str) -> Figure:
     layered = bool({record["layer"] for record in panel.pick.present} - {None})
     if layered:

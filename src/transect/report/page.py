@@ -24,8 +24,16 @@ from transect.results import make_folder, write_whole
 _MOST_NAMED = 4
 _ASSETS = Path(__file__).parent / "assets"
 _FIRST = (
+    "compare",
     TRAINING,
     "language_modelling",
+    "options",
+    "minimal_pairs",
+    "cloze",
+    "lm_eval",
+    "fine_tuning",
+    "linear_probe",
+    "early_exit",
     "jump",
     "nonlinearity",
     "similarity",

@@ -14,6 +14,16 @@ class Text:
 
 
 _TEXTS = {
+    "compare": Text(
+        "Comparison",
+        "Training runs side by side where all of them have the same in-distribution loss (or have made the same steps, "
+        "spent the same FLOPs or seconds): what each recipe, an arm, can do there, as a mean over its seeds.",
+        "A difference is an arm minus the baseline, seed by seed. An interval that leaves zero out shows a difference; "
+        "of many such intervals one in twenty does so by chance, which Holm's p values correct for.",
+        "Intervals over two or three seeds are wide; one seed has none and shows nothing. Losses are smoothed by a "
+        "running median of three and read between evaluations. Runs whose learning rate had decayed by different "
+        "amounts do not compare.",
+    ),
     "train": Text(
         "Training",
         "What a run says of itself: the loss of its steps and the parts that it is made of, the norm of the gradient "
@@ -93,6 +103,44 @@ _TEXTS = {
         "chosen; dropped choices found their expert full. Removal cost is what the model loses without one expert.",
         "On few tokens an expert looks dead, or tied to a token type, by chance. An even load does not mean that the "
         "experts do different things: a random choice is even too.",
+    ),
+    "options": Text(
+        "Choice among options",
+        "How often a model finds the right one of several continuations likeliest, with no or some examples before it.",
+        "Bars are 95 % intervals over items. Rules of scoring differ in what they divide the log-probability by; the best "
+        "of all rules is chosen on the items that it is judged on, so it is too high.",
+    ),
+    "minimal_pairs": Text(
+        "Minimal pairs",
+        "How often a model finds the acceptable one of two almost equal sentences likelier.",
+        "Guessing gives one half. Errors are over pairs.",
+    ),
+    "cloze": Text(
+        "Last word",
+        "How often a model completes a passage with the word that stood there, and how likely it finds that word.",
+        "Perplexity is e to the mean loss of the whole word: the number of equally likely words that would be as hard.",
+    ),
+    "early_exit": Text(
+        "Early exit",
+        "The loss on text when the model's own final norm and head read the stream after each layer, and how often the "
+        "likeliest token is already that of the last layer.",
+        "A curve that falls early means that middle layers can be read; the last point is the model's own loss.",
+    ),
+    "linear_probe": Text(
+        "Linear probe",
+        "How well a linear classifier tells the labels of texts from the states after each layer; the model is frozen.",
+        "What stands in the states in a straight line is easy to use for what comes after; what does not is not missing.",
+    ),
+    "fine_tuning": Text(
+        "Fine-tuning",
+        "How well a model does on labelled texts after it was trained further on such texts with a new classifier.",
+        "Intervals are t-intervals over trainings with other seeds. Rates and epochs are chosen on a held-out part of the "
+        "training texts, never on the test.",
+    ),
+    "lm_eval": Text(
+        "lm-evaluation-harness",
+        "Numbers that lm-evaluation-harness computes from this model, edits included; its own names stand in the rows.",
+        "Standard errors are the harness's, over items.",
     ),
 }
 

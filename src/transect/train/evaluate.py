@@ -45,7 +45,7 @@ class Evaluation:
         nats = tokens = 0.0
         for (split, domain), text in self.texts.items():
             sums = self._sums(model, text)
-            rows += _of_domain(split, domain, sums, text.keys)
+            rows += domain_rows(split, domain, sums, text.keys)
             if split == VALID:
                 nats, tokens = nats + sums[:, 0].sum(), tokens + sums[:, 1].sum()
         loss = float(nats / tokens) if tokens else None
@@ -74,7 +74,14 @@ class Evaluation:
         return np.column_stack([both[0], both[1], text.bytes])
 
 
-def _of_domain(split: str, domain: str, sums: np.ndarray, keys: np.ndarray) -> list[Row]:
+def domain_rows(
+    split: str | None, domain: str, sums: np.ndarray, keys: np.ndarray, variant: str | None = None
+) -> list[Row]:
+    """nats_per_token and bits_per_byte of one text, with errors over its documents.
+
+    sums [documents, 3]: nats, predicted tokens, bytes of these; keys [documents]: a hash of each.
+    """
+
     def statistic(totals: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore", divide="ignore"):
             per_token = totals[:, 0] / totals[:, 1]
@@ -90,6 +97,7 @@ def _of_domain(split: str, domain: str, sums: np.ndarray, keys: np.ndarray) -> l
             task="language_modelling",
             split=split,
             domain=domain,
+            variant=variant,
             n=int(sums[:, 1].sum()),
             documents=len(sums),
         )

@@ -8,6 +8,7 @@ from typing import Any
 from transect.report.cells import cells, layers_of
 from transect.report.charts import Figure, lines, spec_of
 from transect.report.costs import amount, by_cost, cost_values, run_numbers
+from transect.report.figures.commutativity import STAGES, after
 from transect.report.generic import by_series, file_name
 from transect.report.pick import Pick
 from transect.report.scales import LAYER, Field
@@ -36,19 +37,21 @@ _PLACES = {"single": LAYER, "from_below": _BELOW, "from_above": replace(LAYER, t
 
 def figures(pick: Pick) -> list[Figure]:
     """The parts side by side and the methods side by side, for each schedule; then the heads."""
-    found = []
-    for cost in by_cost(pick):
-        whole = cost.where("element", *(name for name in cost.distinct("element") if name != "head"))
-        groups = {"parts": _elements(whole, residual=False), "residuals": _elements(whole, residual=True)}
+    costs = [*by_cost(pick), *(pick.where("metric", name) for name in ("accuracy_change", "recovered"))]
+    return [after(figure, stage) for cost in costs for stage in STAGES for figure in _of_cost(cost, stage)]
+
+
+def _of_cost(cost: Pick, stage: str) -> Iterator[Figure]:
+    whole = cost.where("element", *(name for name in cost.distinct("element") if name != "head"))
+    groups = {"parts": _elements(whole, residual=False), "residuals": _elements(whole, residual=True)}
+    for schedule in _SCHEDULES:
+        own = _on_schedule(whole, f"{schedule}{stage}")
+        for name, elements in groups.items():
+            yield from _parts(own.where("element", *elements), name, schedule)
+    for element in whole.distinct("element"):
         for schedule in _SCHEDULES:
-            own = _on_schedule(whole, schedule)
-            for name, elements in groups.items():
-                found += _parts(own.where("element", *elements), name, schedule)
-        for element in whole.distinct("element"):
-            for schedule in _SCHEDULES:
-                found += _methods(_on_schedule(whole, schedule).where("element", element), element, schedule)
-        found += _heads(cost.where("element", "head"))
-    return found
+            yield from _methods(_on_schedule(whole, f"{schedule}{stage}").where("element", element), element, schedule)
+    yield from _heads(_on_schedule(cost, f"single{stage}").where("element", "head"))
 
 
 def key_numbers(pick: Pick) -> dict[str, str]:

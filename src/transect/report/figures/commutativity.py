@@ -1,5 +1,6 @@
 """Figures of `commutativity`: what it costs when layers change places, are reversed, shuffled or repeated."""
 
+from dataclasses import replace
 from typing import Any
 
 from transect.report.cells import layer_pairs
@@ -9,6 +10,10 @@ from transect.report.generic import by_series, file_name
 from transect.report.pick import Pick
 from transect.report.scales import Field
 from transect.report.words import capital, metric_name
+
+_OF_TASKS = ("accuracy_change", "recovered")
+STAGES = {"": "", "/continued": ", after training"}
+"""What stands behind a variant, and what a title says of it."""
 
 _DISTANCE = Field(name="distance", title="distance between the two layers", formula="datum.layer_to - datum.layer")
 _FIXED = Field(
@@ -21,7 +26,8 @@ _FIXED = Field(
 
 def figures(pick: Pick) -> list[Figure]:
     """Swaps of pairs and their distance, neighbours, mirrored pairs, reversals, shuffles, repeats and patterns."""
-    return [figure for one in by_cost(pick) for figure in _of_cost(one)]
+    costs = [*by_cost(pick), *(pick.where("metric", name) for name in _OF_TASKS)]
+    return [figure for one in costs for stage in STAGES for figure in _of_cost(one, stage)]
 
 
 def key_numbers(pick: Pick) -> dict[str, str]:
@@ -49,24 +55,33 @@ def followed(pick: Pick) -> dict[str, Pick]:
     return {title: one for title, one in found.items() if one.present}
 
 
-def _of_cost(pick: Pick) -> list[Figure]:
-    pairs = pick.where("variant", "pairs")
-    return [
+def _of_cost(every: Pick, stage: str) -> list[Figure]:
+    def pick(kind: str) -> Pick:
+        return every.where("variant", f"{kind}{stage}")
+
+    pairs = pick("pairs")
+    found = [
         *(figure for label, one in by_series(pairs) for figure in _pairs(one, label)),
-        *_bars(_neighbours(pick), "neighbours", "a layer swapped with the next"),
-        *_bars(pick.where("variant", "mirrored"), "mirrored", "a layer swapped with its mirror image from the top"),
-        *_reversals(pick.where("variant", "reversal")),
-        *_shuffles(pick.where("variant", "shuffle")),
-        *_bars(pick.where("variant", "repeat"), "repeat", "one layer in the place of all"),
-        *_patterns(pick.where("variant", "pattern")),
+        *_bars(_neighbours(every, stage), "neighbours", "a layer swapped with the next"),
+        *_bars(pick("mirrored"), "mirrored", "a layer swapped with its mirror image from the top"),
+        *_reversals(pick("reversal")),
+        *_shuffles(pick("shuffle")),
+        *_bars(pick("repeat"), "repeat", "one layer in the place of all"),
+        *_patterns(pick("pattern")),
     ]
+    return [after(figure, stage) for figure in found]
 
 
-def _neighbours(pick: Pick) -> Pick:
-    own = pick.where("variant", "adjacent")
+def after(figure: Figure, stage: str) -> Figure:
+    """The figure, its name and title saying which stage it is of."""
+    return replace(figure, name=figure.name + stage.replace("/", "_"), title=figure.title + STAGES[stage])
+
+
+def _neighbours(pick: Pick, stage: str = "") -> Pick:
+    own = pick.where("variant", f"adjacent{stage}")
     if own.present:
         return own
-    pairs = pick.where("variant", "pairs")
+    pairs = pick.where("variant", f"pairs{stage}")
     return pairs.such(lambda record: record["layer_to"] == record["layer"] + 1, "datum.layer_to === datum.layer + 1")
 
 
@@ -91,8 +106,11 @@ def _ends(pick: Pick) -> Field:
 
 
 def _worst(pick: Pick) -> str:
-    worst = max(pick.present, key=lambda record: record["value"])
-    return f"The highest is {amount(worst)}, layers {worst['layer']} and {worst['layer_to']}."
+    least = pick.records[0]["metric"] in _OF_TASKS
+    worst = (min if least else max)(pick.present, key=lambda record: record["value"])
+    return (
+        f"The {'lowest' if least else 'highest'} is {amount(worst)}, layers {worst['layer']} and {worst['layer_to']}."
+    )
 
 
 def _bars(pick: Pick, name: str, what: str) -> list[Figure]:
