@@ -3,7 +3,7 @@
 #   make test   set up, check style and types, run all tests
 # and two more for docs/results:
 #   make results   edits and contributions of the real models (about an hour on two cores)
-#   make judge     five variants with three seeds each, trained, judged and compared (about an hour and a half)
+#   make judge     five variants with three seeds each, trained, judged and compared (about an hour)
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 TORCH = torch==2.13.0
@@ -67,9 +67,9 @@ judge: setup
 	@rm -rf $(OUT)/judging && $(BIN)/transect compare $(foreach seed,$(SEEDS),$(TWINS:%=runs/judging/%-$(seed))) \
 		--baseline demo-vanilla --by loss,steps,flops,seconds -o $(OUT)/judging
 	@$(BIN)/transect report $(OUT)/judging -o $(OUT)/judging.html
-JUDGED = --set train.tokens=245760 --set train.schedule.kind=constant --set train.evaluation.every=12 \
-	--set train.evaluation.tokens=4096 --set train.checkpoints.every=24 --set train.checkpoints.keep_last=10 \
-	--set "train.probes=[{probe: jump, every: 60, tokens: 4096}]"
+JUDGED = --set model.width=64 --set model.layers=3 --set train.tokens=204800 --set train.schedule.kind=constant \
+	--set train.evaluation.every=10 --set train.evaluation.tokens=2048 --set train.checkpoints.every=20 \
+	--set train.checkpoints.keep_last=9 --set "train.probes=[{probe: jump, every: 50, tokens: 4096}]"
 
 test: setup check
 	@echo "== tests"

@@ -8,11 +8,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from families import VOCAB, tiny_model
 from corpora import documents
+from families import VOCAB, tiny_model
 from transect.view.view import View
 
-SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "mask_token": "<mask>", "unk_token": "<unk>"}
+SPECIAL = {
+    "pad_token": "<pad>",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "mask_token": "<mask>",
+    "unk_token": "<unk>",
+}
 
 
 @functools.cache

@@ -28,8 +28,10 @@ _SECONDS_BETWEEN = 0.1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Origin:
-    """The training run that a model is from: its folder's name, its recipe, its corpus where that is at hand, and how
-    far it had come."""
+    """The training run that a model is from.
+
+    run: its folder's name; corpus: where it is at hand; come: steps, tokens, seconds and FLOPs up to there.
+    """
 
     run: str
     recipe: Recipe
@@ -41,7 +43,6 @@ def evaluate(
     view: View,
     tasks: str | Suite | Iterable[str | Task] = "base",
     *,
-    origin: Origin | None = None,
     folders: Iterable[str | os.PathLike[str]] = (),
     batch_size: int = 8,
     seed: int = 0,
@@ -51,11 +52,11 @@ def evaluate(
 ) -> Table:
     """Judge a view, edited or not, by a suite or by tasks (`kind:data` words or `Task` objects), and return the rows.
 
-    origin: the run the model is from (`origin_of`), whose corpus is the in-distribution text. folders: where data given
-    by name are looked for. With `output` a run folder is written, and `resume` goes on with the first task that is not
+    A view loaded from a training run has that run's corpus as its in-distribution text. folders: where data given by
+    name are looked for. With `output` a run folder is written, and `resume` goes on with the first task that is not
     finished. Rows do not depend on batch_size. Of a suite, data that are not at hand or do not fit into this model, and
-    tasks that it cannot do, give one row without a value that says why; asked for by themselves they raise InputError, as does whatever else
-    the user can mend, before anything is judged.
+    tasks that it cannot do, give one row without a value that says why; asked for by themselves they raise InputError,
+    as does whatever else the user can mend, before anything is judged.
     """
     suite = suites.load(tasks) if isinstance(tasks, str) else tasks
     if not isinstance(suite, Suite):
@@ -63,6 +64,7 @@ def evaluate(
         suite = Suite("", "", made)
     if not suite.tasks:
         raise InputError("no task is given; give a suite or at least one task")
+    origin = None if view.path is None else origin_of(view.path)
     subject = Subject(
         view=view,
         corpus=None if origin is None else origin.corpus,
@@ -87,11 +89,11 @@ def evaluate(
         raise
 
 
-def origin_of(path: str | os.PathLike[str], revision: str | None = None) -> Origin | None:
-    """The training run that a run folder, or one of its checkpoints, belongs to; None for any other model."""
+def origin_of(path: str | os.PathLike[str]) -> Origin | None:
+    """The training run that a checkpoint, by its path, belongs to; None for any other model."""
     path = Path(path)
-    home = next((one for one in (path, path.parent, path.parent.parent) if (one / "recipe.yaml").is_file()), None)
-    if home is None:
+    home = path.parent.parent
+    if path.parent.name != "checkpoints" or not (home / "recipe.yaml").is_file():
         return None
     recipe = load_recipe(home / "recipe.yaml")
     corpus = None
@@ -100,14 +102,13 @@ def origin_of(path: str | os.PathLike[str], revision: str | None = None) -> Orig
             corpus = Corpus.open(recipe.data.path)
         except InputError:  # moved or gone: tasks that need it say so
             corpus = None
-    return Origin(home.resolve().name, recipe, corpus, _come(path, home, revision))
+    return Origin(home.resolve().name, recipe, corpus, _come(path))
 
 
-def _come(path: Path, home: Path, revision: str | None) -> dict[str, Any]:
-    """How far the run had come at a checkpoint, by what the checkpoint says."""
-    folder = path if path != home else home / "checkpoints" / str(revision)
+def _come(checkpoint: Path) -> dict[str, Any]:
+    """How far the run had come at a checkpoint, by what it says."""
     try:
-        record = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        record = json.loads((checkpoint / "checkpoint.json").read_text(encoding="utf-8"))
         return {name: record["progress"][name] for name in ("step", "tokens", "seconds", "flops")}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -167,9 +168,7 @@ class _Judging:
                 if folder is not None:
                     spent = before + time.monotonic() - started
                     folder.write_rows(rows)
-                    folder.save_state(
-                        {"rows": [asdict(row) for row in rows], "done": number + 1, "seconds": spent}
-                    )
+                    folder.save_state({"rows": [asdict(row) for row in rows], "done": number + 1, "seconds": spent})
                 if stopped():
                     raise KeyboardInterrupt
         table = Table(rows)

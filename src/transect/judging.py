@@ -67,7 +67,9 @@ def evaluate_all(request: Request) -> Table:
         except InputError as error:
             if series.joint and request.output is not None:
                 withdraw(request.output, series)
-            raise InputError(f"{number} of {len(series.members)}, {member}: {error}" if series.joint else str(error)) from error
+            raise InputError(
+                f"{number} of {len(series.members)}, {member}: {error}" if series.joint else str(error)
+            ) from error
     table = Table(row for one in tables for row in one)
     scoreboard.print_scores(table, speaker.console)
     if series.joint and request.output is not None:
@@ -95,7 +97,7 @@ def _suite(request: Request) -> Suite:
 def _judge(request: Request, member: Member, suite: Suite, joint: bool, speaker: Speaker) -> Table:
     view = quiet_load(member.source, member.revision, request.dtype, request.device, request.trust_remote_code)
     view.name = member.model
-    origin = origin_of(member.where.home, view.revision)
+    origin = None if view.path is None else origin_of(view.path)
     if request.harness:
         return _harness(request, view, origin, speaker)
     output, resume = _output(request, member, suite, joint, origin)
@@ -105,7 +107,6 @@ def _judge(request: Request, member: Member, suite: Suite, joint: bool, speaker:
         table = evaluate(
             view,
             suite,
-            origin=origin,
             folders=_folders(request),
             batch_size=request.batch_size,
             seed=request.seed,

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [" ".join(text.split()[:5]) for text in documents(83, 7, length=9)]
     write_texts(path / "words.jsonl", texts[:7])
     words = ("tree", "river")
-    rows = [{"text": f"{text} {n % 2 and 'old' or 'red'}", "word": words[n % 2], "other": words[1 - n % 2]}
+    rows = [{"text": f"{text} {('red', 'old')[n % 2]}", "word": words[n % 2], "other": words[1 - n % 2]}
             for n, text in enumerate(texts)]  # fmt: skip
     for split, some in {"train": rows[:60], "test": rows[60:]}.items():
         (path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))

@@ -75,9 +75,9 @@ def test_what_is_refused_in_one_line(runs: list[Path], tmp_path: Path):
 def test_curves_of_the_page(rows: list[Row]):
     figure = figures_by_name("compare", rows)["curves"]
     assert len(drawn(figure, rows, "line mark")) == 9 + 3
-    (rule,) = drawn(figure, rows, "rule")
+    (rule,) = drawn(figure, rows, "rule mark")
     matched = next(row.value for row in rows if row.metric == "matched_loss" and row.variant == "equal loss")
-    assert float(next(iter(rule.values()))) == pytest.approx(matched, rel=1e-3)
+    assert float(rule["value"]) == pytest.approx(matched, rel=1e-3)
     (last, *_) = values(drawn(figure, rows, "point"), "in-distribution loss, nats per token")
     assert last[0] == pytest.approx(2.5 + 4 / 20**0.7 + 0.013, rel=1e-3)
 

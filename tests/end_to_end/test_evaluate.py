@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import transect as tx
-from judged import tokenizer, view
 from corpora import documents, small_corpus, write_texts
+from judged import tokenizer, view
 from shell import ENVIRONMENT, command, contents
 from transect.errors import InputError
 from transect.evaluate import evaluate, origin_of
@@ -149,7 +149,7 @@ def test_python_judges_edited_views(folder: Path):
     with tx.edits.remove(one, "attn", 0):
         edited = tx.evaluate(one, ["cloze:last_word"])
     assert plain.where(metric="nats_per_word").rows[0].value != edited.where(metric="nats_per_word").rows[0].value
-    origin = origin_of(folder / "run", "step-00000004")
+    origin = origin_of(folder / "run" / "checkpoints" / "step-00000004")
     assert origin is not None and origin.come["step"] == 4 and origin.corpus is not None
     assert origin_of(folder / "model") is None
 
@@ -184,7 +184,10 @@ WRONG = {
     "data folder": (["--task", "cloze:last_word", "--data", "/no/such"], ("no data folder /no/such",)),
     "corpus of no run": (["--task", "language_modelling"], ("not from a training run",)),
     "wrong text": (["--task", "language_modelling:builtin:poems"], ("builtin:poems", "builtin:speeches")),
-    "longer than the context": (["--task", "minimal_pairs:word_order", "--set", "minimal_pairs.limit=9"], ("more than",)),
+    "longer than the context": (
+        ["--task", "minimal_pairs:word_order", "--set", "minimal_pairs.limit=9"],
+        ("more than",),
+    ),
     "stride": (
         ["--task", "language_modelling:builtin:python_docs", "--set", "language_modelling.stride=513"],
         ("stride is 513", "1 to 512"),

@@ -29,7 +29,8 @@ def judged(task: Task, one: Subject) -> Table:
 
 def test_a_linear_probe_beats_the_majority():
     one = subject()
-    table = judged(LinearProbe(data="sentiment", limit_training=401, limit_test=199, length=48, layers=(0, 6)), one)
+    options = {"limit_training": 307, "limit_test": 151, "length": 32, "layers": (6,), "ridges": (1.0, 0.1)}
+    table = judged(LinearProbe(data="sentiment", **options), one)
     majority = only(table, metric="accuracy", variant="majority").value
     last = only(table, metric="accuracy", layer=6)
     assert last.value > majority + 0.08 and last.low > majority

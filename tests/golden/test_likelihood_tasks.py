@@ -133,7 +133,12 @@ def test_drawn_shots_follow_from_the_seed_and_leave_the_item_out(tmp_path: Path)
 def test_contexts_that_differ_are_scored_by_the_same_continuation(tmp_path: Path):
     one = view()
     records = [
-        {"sentence": "the cat sees the dog and _ goes to the house", "option1": "cat", "option2": "bird", "answer": "2"},
+        {
+            "sentence": "the cat sees the dog and _ goes to the house",
+            "option1": "cat",
+            "option2": "bird",
+            "answer": "2",
+        },
         {"sentence": "a tree or _ never finds", "option1": "a river", "option2": "the dog", "answer": "1"},
     ]
     _jsonl(tmp_path / "winogrande_validation.jsonl", records)
@@ -157,9 +162,7 @@ def test_minimal_pairs_by_file_and_over_files(tmp_path: Path, name: str):
     files = {"first": texts[:12], "second": texts[12:]}
     want, counts = {}, {}
     for file, own in files.items():
-        pairs = [
-            {"sentence_good": good, "sentence_bad": bad} for good, bad in zip(own[::2], own[1::2], strict=True)
-        ]
+        pairs = [{"sentence_good": good, "sentence_bad": bad} for good, bad in zip(own[::2], own[1::2], strict=True)]
         _jsonl(tmp_path / "blimp" / f"{file}.jsonl", pairs)
         hits = []
         for pair in pairs:

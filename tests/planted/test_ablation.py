@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import tiny_model
+from families import loss_error, tiny_model
 from loops import Elements, elements, hand_logits, layers_of
 from plants import only, planted, seen, text, value, view_of
 from transect.data import Dataset
@@ -124,12 +124,12 @@ def test_zero_is_the_loop_by_hand_without_it(name: str, part: str):
         else:
             given = {"changed": {layer: zeroed(view, layer, part, head) for layer in gone}}
         expected = plain_loss(lambda ids, given=given: hand_logits(view.model, ids, **given), asked)
-        assert row.value == pytest.approx(expected, abs=1e-10), row.edit
+        assert row.value == pytest.approx(expected, abs=loss_error(name)), row.edit
     intact = plain_loss(lambda ids: hand_logits(view.model, ids), asked)
-    assert value(table, metric="loss", edit="intact") == pytest.approx(intact, abs=1e-10)
+    assert value(table, metric="loss", edit="intact") == pytest.approx(intact, abs=loss_error(name))
     for row in losses:
         change = only(table, metric="loss_change", edit=row.edit, variant=row.variant)
-        assert change.value == pytest.approx(row.value - intact, abs=1e-10) and abs(change.value) > 1e-5
+        assert change.value == pytest.approx(row.value - intact, abs=loss_error(name)) and abs(change.value) > 1e-5
 
 
 def test_the_rows_say_which_layers_and_which_head():
@@ -168,10 +168,10 @@ def test_other_layouts_are_the_edits(name: str):
     for part in ("ffn", "attn", "layer"):
         with edits.remove(view, part, 1):
             expected = plain_loss(view.logits, asked)
-        assert value(table, metric="loss", element=part, layer=1) == pytest.approx(expected, abs=1e-10)
+        assert value(table, metric="loss", element=part, layer=1) == pytest.approx(expected, abs=loss_error(name))
     with edits.remove(view, "head", 2, 3):
         expected = plain_loss(view.logits, asked)
-    assert value(table, metric="loss", part="head 3", layer=2) == pytest.approx(expected, abs=1e-10)
+    assert value(table, metric="loss", part="head 3", layer=2) == pytest.approx(expected, abs=loss_error(name))
 
 
 def test_a_part_that_writes_zero_costs_nothing():
@@ -199,7 +199,7 @@ def test_residuals_are_weighted_as_by_hand(name: str):
         pair = (weight if which != "ffn" else 1.0, weight if which != "attn" else 1.0)
         weights = dict.fromkeys(layers_in(row), pair)
         expected = plain_loss(lambda ids, w=weights: hand_logits(view.model, ids, stream_weights=w), asked)
-        assert row.value == pytest.approx(expected, abs=1e-9), row.edit
+        assert row.value == pytest.approx(expected, abs=loss_error(name)), row.edit
 
 
 def test_a_residual_of_weight_one_costs_nothing_at_all():

@@ -213,14 +213,14 @@ def test_scalar_probes_of_the_run_are_compared_and_its_own_numbers_are_not(tmp_p
     for name, size in (("plain", 0.1), ("other", 0.3)):
         rows = curve_rows(T13, run=name)
         for step in STEPS:
-            place = {"probe": "jump", "metric": "jump_rate", "unit": "1", **stamp(step, run=name)}
-            rows += [Row(value=size, variant="pre_norm/all", **place), Row(value=9.0, layer=1, **place)]
+            place = {"probe": "contribution", "metric": "share_mha", "unit": "1", **stamp(step, run=name)}
+            rows += [Row(value=size, variant="lens", **place), Row(value=9.0, layer=1, **place)]
         runs.append(planted_run(tmp_path / name, rows, name))
     comparison = tx.compare(runs)
-    (row,) = comparison.table.where(part="difference", metric="jump_rate", variant="jump, pre_norm/all, equal loss")
+    (row,) = comparison.table.where(part="difference", metric="share_mha", variant="contribution, lens, equal loss")
     assert row.value == pytest.approx(0.2)
     assert {row.metric for row in comparison.table.where(part="mean")} == {
-        "nats_per_token", "bits_per_byte", "jump_rate", "steps", "tokens", "seconds", "flops"
+        "nats_per_token", "bits_per_byte", "share_mha", "steps", "tokens", "seconds", "flops"
     }  # fmt: skip
 
 
@@ -296,7 +296,9 @@ def test_a_decayed_learning_rate_is_noted(tmp_path: Path):
 
 def test_repeated_quantities_are_counted_once(tmp_path: Path):
     runs = study(tmp_path, {"plain": lambda _: 0.0, "cea": lambda s: 0.01 * s + 0.01})
-    table = tx.compare(runs).table
+    comparison = tx.compare(runs)
+    table = comparison.table
+    assert not [text for text in comparison.sentences if "bits per byte" in text]
     bits = table.where(part="p_holm", metric="bits_per_byte", domain=None, variant="equal loss").rows[0]
     assert bits.value is None and bits.reason == "counted once, as out-of-distribution loss"
     p, corrected = headline(table, "p", "cea").value, headline(table, "p_holm", "cea").value

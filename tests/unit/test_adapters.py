@@ -35,7 +35,7 @@ def test_new_adapters_leave_the_model_as_it_is(name: str, generator: torch.Gener
         assert torch.equal(states(v, batch), plain)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "granite"])
 def test_an_adapter_stands_behind_its_sublayer(name: str):
     v = view(name, torch.float64)
     batch = padded(v, items(v, 7, 1).sequences)

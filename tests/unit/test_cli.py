@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerFast
 from families import VOCAB
 from plants import view_of
 from shell import command, saved_model, saved_tokens
-from transect import recipes, registry
+from transect import recipes, registry, suites
 from transect.catalog import KINDS, MODELS
 from transect.metrics.declare import METRICS
 from transect.probes.base import Probe
 from transect.results import Table
+from transect.tasks import _sets
 from transect.view.sites import COMMON, ELEMENTS, SITES
 
 PROBES = registry.available("transect.probes")
@@ -65,6 +66,7 @@ def test_list_has_a_line_for_every_name_at_80_columns(kind: str):
     said = _said("list", kind)
     _assert_narrow(said)
     others = {"elements": ELEMENTS, "sites": SITES, "metrics": METRICS, "models": MODELS, "recipes": recipes.names()}
+    others |= {"tasks": registry.available("transect.tasks"), "suites": suites.names(), "sets": _sets.names()}
     names = ({"probes": PROBES} | others)[kind]
     first_words = [line.split()[0] for line in said.splitlines() if not line.startswith(" ")]
     assert set(names) <= set(first_words) and len(first_words) == len(set(first_words))

@@ -27,6 +27,16 @@ def test_three_seeds_cover_a_planted_difference_at_the_nominal_rate():
     assert EXPERIMENTS - high <= false_alarms <= EXPERIMENTS - low
 
 
+def test_the_p_value_is_that_of_a_paired_t_test():
+    arm, baseline = {0: 1.0, 1: 2.2, 2: 3.1, 3: 2.9}, {0: 1.1, 1: 2.0, 2: 2.7, 3: 2.1}
+    found = difference(arm, baseline)
+    test = stats.ttest_rel(list(arm.values()), list(baseline.values()))
+    interval = test.confidence_interval(0.95)
+    assert found is not None and found.mean.error is not None
+    assert found.p == pytest.approx(test.pvalue)
+    assert (found.mean.error.low, found.mean.error.high) == pytest.approx((interval.low, interval.high))
+
+
 def test_unpaired_seeds_cover_it_too():
     rng = np.random.default_rng(11)
     covered = 0

@@ -55,11 +55,13 @@ def test_dropout_is_on_while_training_and_off_after_it():
     with restored(v):
         plain = trained(v, settings=Settings(**vars(FAST) | {"dropout": 0.0}))[0]
     with restored(v):
-        dropped = trained(v, settings=Settings(**vars(FAST) | {"dropout": 0.5}))[0]
+        modes = []
+        settings = Settings(**vars(FAST) | {"dropout": 0.5})
+        dropped = trained(v, settings=settings, tick=lambda done, total: modes.append(v.model.training))[0]
         test = items(v, 31, 4)
         assert np.array_equal(dropped.predict(v, test), dropped.predict(v, test))
     assert plain.nats != dropped.nats
-    assert not v.model.training
+    assert all(modes) and len(modes) == 8 and not v.model.training
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -226,6 +228,7 @@ def test_a_loss_that_is_not_finite_is_one_line():
     with pytest.raises(InputError, match="lower lr"), restored(v):
         trained(v, settings=Settings(**vars(FAST) | {"lr": 1e30, "clip": None}))
     assert not moved(v, before)
+    assert all(p.grad is None for p in v.model.parameters())
 
 
 @pytest.mark.parametrize("pool", ["first", "last", "mean"])

@@ -189,7 +189,9 @@ def test_sets_that_are_not_there():
 
 
 def test_templates_cannot_reach_python(tmp_path: Path):
-    text = "description: d\nsource: s\nkind: cloze\nfiles: {test: [x.jsonl]}\nlayouts: [{text: \"{{ ''.__class__ }}\"}]\n"
+    text = (
+        "description: d\nsource: s\nkind: cloze\nfiles: {test: [x.jsonl]}\nlayouts: [{text: \"{{ ''.__class__ }}\"}]\n"
+    )
     (tmp_path / "bad.yaml").write_text(text)
     one = _sets.data_set(str(tmp_path / "bad.yaml"), "cloze")
     with pytest.raises(InputError, match="record 0 of bad"):

@@ -79,16 +79,16 @@ def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
         return _welch(list(arm.values()), list(baseline.values()))
     each = tuple(arm[seed] - baseline[seed] for seed in common)
     left_out = len(arm.keys() ^ baseline.keys())
-    return Difference(mean_of(each), _p(each), each, left_out)
+    mean = mean_of(each)
+    return Difference(mean, _p(mean) if len(each) > 1 and spread(each) else None, each, left_out)
 
 
-def _p(each: Sequence[float]) -> float | None:
+def _p(mean: Mean) -> float:
+    """Of the two-sided t-test that the mean is 0."""
     from scipy import stats
 
-    if len(each) < 2 or not spread(each):
-        return None
-    value: Any = stats.ttest_1samp(each, 0.0)
-    return float(value.pvalue)
+    assert mean.error is not None
+    return float(2 * stats.t.sf(abs(mean.value) / mean.error.stderr, mean.n - 1))
 
 
 def spread(each: Sequence[float]) -> float:

@@ -118,7 +118,7 @@ class EvaluationText:
 
 
 def chosen_documents(lengths: np.ndarray, tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the documents to read, in an order by hash of their number, and these hashes; as many as `tokens` allows."""
+    """Numbers of the documents to read, in order of a hash of their number, and these hashes; as `tokens` allows."""
     numbers = np.flatnonzero(lengths)
     keys = draws(0, Purpose.EVALUATION, numbers)
     order = np.argsort(keys, kind="stable")

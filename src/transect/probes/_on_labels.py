@@ -65,13 +65,10 @@ class Labels:
         """Nothing trained, or what a file holds."""
         view = self.setting.view
         training, test, classes = self.transfer.examples(view, self.setting.seed)
-        sets = {
-            "training": coded(view, training, classes, self.transfer.length),
-            "test": coded(view, test, classes, self.transfer.length),
-        }
+        learnt, asked = (coded(view, examples, classes, self.transfer.length) for examples in (training, test))
         if packed is not None:
-            return LabelState(**sets, **packed)
-        return LabelState(**sets, right=torch.zeros(2, self.cases + 1, len(test), dtype=torch.bool))
+            return LabelState(learnt, asked, **packed)
+        return LabelState(learnt, asked, torch.zeros(2, self.cases + 1, len(test), dtype=torch.bool))
 
     def memory(self) -> int:
         """Six copies of the weights while one model is trained, and what errors are drawn from."""

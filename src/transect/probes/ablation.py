@@ -11,6 +11,7 @@ from transect.effects import BLANK, Effects, Measured, evaluation_rows, fixed_or
 from transect.errors import InputError
 from transect.parallel import on_every_core
 from transect.probes._after_edit import AfterState, Found, after_edit, behind, found_of, split_for, work_of
+from transect.probes._cases import Case, element_of, has, nothing_left, runs
 from transect.probes._continued import Course
 from transect.probes._learnt import Learnt
 from transect.probes._on_labels import Labels
@@ -31,33 +32,6 @@ RESIDUALS = ("both", "attn", "ffn", "ffn2")
 _OF_HEADS = ("zero", "mean")
 FREEZE = "freeze"
 _FREEZABLE = ("ffn", "attn", "layer", "ffn2")
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One ablated model: which part of which layers goes, and how."""
-
-    part: str
-    method: str
-    schedule: str
-    layers: tuple[int, ...]
-    head: int | None = None
-    weight: float | None = None  # of a residual
-
-    def row(self) -> Row:
-        """The columns that say which ablation it is."""
-        first, last = self.layers[0], self.layers[-1]
-        where = f"{first}" if self.schedule == "single" else f"{first}-{last}"
-        head = None if self.head is None else f"head {self.head}"
-        return replace(
-            BLANK,
-            element=self.part,
-            part=head,
-            variant=f"{self.method}/{self.schedule}",
-            edit=" ".join(word for word in (self.method, self.part, where, head) if word),
-            layer=first,
-            layer_to=None if self.schedule == "single" else last,
-        )
 
 
 @dataclass(slots=True, eq=False)
@@ -168,7 +142,7 @@ class Ablation(Probe):
     def _fitted_elements(self, view: View, layer: int) -> dict[str, Element]:
         if not self.fitted_methods:
             return {}
-        named = {part: present(ELEMENTS[_element(part)], view.maps[layer]) for part in self.parts}
+        named = {part: present(ELEMENTS[element_of(part)], view.maps[layer]) for part in self.parts}
         return {part: element for part, element in named.items() if isinstance(element, Element)}
 
     def memory(self, setting: Setting) -> int:
@@ -303,7 +277,7 @@ class Ablation(Probe):
                 yield from rows if reason is None else (row.missing(reason) for row in rows)
         for part in self.parts:
             for layer in range(view.num_layers):
-                element = present(ELEMENTS[_element(part)], view.maps[layer])
+                element = present(ELEMENTS[element_of(part)], view.maps[layer])
                 if isinstance(element, str):
                     metric, unit = ("loss_change", "nats") if view.has_head else ("state_change", "1")
                     yield Row(metric=metric, value=None, unit=unit, reason=element, layer=layer, element=part)
@@ -313,7 +287,7 @@ class Ablation(Probe):
         """Every ablated model, in a fixed order."""
         found = []
         for part in self.parts:
-            layers = [n for n in range(view.num_layers) if _has(view, n, part)]
+            layers = [n for n in range(view.num_layers) if has(view, n, part)]
             for method in self.methods:
                 if method == FREEZE:
                     continue
@@ -323,15 +297,15 @@ class Ablation(Probe):
                     found += [Case(part, method, "single", (layer,), head) for layer, head in pairs]
                     continue
                 for schedule in self.schedules:
-                    found += [Case(part, method, schedule, run) for run in _runs(schedule, layers)]
-        found = [case for case in found if not _nothing_left(case, view)]
+                    found += [Case(part, method, schedule, run) for run in runs(schedule, layers)]
+        found = [case for case in found if not nothing_left(case, view)]
         for weight in self.residual_weights:
             for residual in self.residuals:
                 layers = [n for n in range(view.num_layers) if residual == "both" or residual in view.maps[n].sublayers]
                 for schedule in self.schedules:
                     found += [
                         Case(f"residual_{residual}", f"scale {weight:g}", schedule, run, None, weight)
-                        for run in _runs(schedule, layers)
+                        for run in runs(schedule, layers)
                     ]
         return found
 
@@ -341,33 +315,11 @@ class Ablation(Probe):
             return []
         found = []
         for part in (part for part in self.parts if part in _FREEZABLE):
-            layers = [n for n in range(view.num_layers) if _has(view, n, part)]
+            layers = [n for n in range(view.num_layers) if has(view, n, part)]
             found += [
-                Case(part, FREEZE, schedule, run) for schedule in self.schedules for run in _runs(schedule, layers)
+                Case(part, FREEZE, schedule, run) for schedule in self.schedules for run in runs(schedule, layers)
             ]
         return found
-
-
-def _element(part: str) -> str:
-    return "attn_heads" if part == "head" else part
-
-
-def _has(view: View, layer: int, part: str) -> bool:
-    return isinstance(present(ELEMENTS[_element(part)], view.maps[layer]), Element)
-
-
-def _runs(schedule: str, layers: list[int]) -> list[tuple[int, ...]]:
-    """The layers ablated together: each alone, all up to each, or all from each on."""
-    if schedule == "single":
-        return [(layer,) for layer in layers]
-    if schedule == "from_below":
-        return [tuple(layers[: count + 1]) for count in range(len(layers))]
-    return [tuple(layers[start:]) for start in range(len(layers))]
-
-
-def _nothing_left(case: Case, view: View) -> bool:
-    """A model without any layer cannot be run."""
-    return case.part == "layer" and case.method == "zero" and len(case.layers) == view.num_layers
 
 
 def _residual(which: str, weight: float) -> Change:

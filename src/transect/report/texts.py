@@ -107,8 +107,8 @@ _TEXTS = {
     "options": Text(
         "Choice among options",
         "How often a model finds the right one of several continuations likeliest, with no or some examples before it.",
-        "Bars are 95 % intervals over items. Rules of scoring differ in what they divide the log-probability by; the best "
-        "of all rules is chosen on the items that it is judged on, so it is too high.",
+        "Bars are 95 % intervals over items. Rules of scoring differ in what they divide the log-probability by; the "
+        "best of all rules is chosen on the items that it is judged on, so it is too high.",
     ),
     "minimal_pairs": Text(
         "Minimal pairs",
@@ -129,13 +129,13 @@ _TEXTS = {
     "linear_probe": Text(
         "Linear probe",
         "How well a linear classifier tells the labels of texts from the states after each layer; the model is frozen.",
-        "What stands in the states in a straight line is easy to use for what comes after; what does not is not missing.",
+        "What stands in the states in a straight line is easy to use for what comes after; the rest is not missing.",
     ),
     "fine_tuning": Text(
         "Fine-tuning",
         "How well a model does on labelled texts after it was trained further on such texts with a new classifier.",
-        "Intervals are t-intervals over trainings with other seeds. Rates and epochs are chosen on a held-out part of the "
-        "training texts, never on the test.",
+        "Intervals are t-intervals over trainings with other seeds. Rates and epochs are chosen on a held-out part of "
+        "the training texts, never on the test.",
     ),
     "lm_eval": Text(
         "lm-evaluation-harness",

@@ -41,8 +41,8 @@ def described() -> dict[str, str]:
 def load(given: str, settings: Sequence[str] = ()) -> Suite:
     """The suite of a name or a YAML file, with `task.option=value` applied to every task of that name.
 
-    A file has `description` and `tasks`, a list of mappings: `task`, and options of that task by name. Raises InputError
-    for an unknown name, task or option, and for values that do not fit.
+    A file has `description` and `tasks`, a list of mappings: `task`, and options of that task by name. Raises
+    InputError for an unknown name, task or option, and for values that do not fit.
     """
     if given.endswith(SUFFIXES):
         path = Path(given)
@@ -58,7 +58,9 @@ def load(given: str, settings: Sequence[str] = ()) -> Suite:
     unknown = sorted(set(content) - {"description", "tasks"})
     listed = content.get("tasks")
     if unknown or not isinstance(listed, list) or not listed:
-        raise InputError(f"{path.name}: a suite has a description and a list of tasks" + f", no {unknown[0]!r}" * bool(unknown))
+        raise InputError(
+            f"{path.name}: a suite has a description and a list of tasks" + f", no {unknown[0]!r}" * bool(unknown)
+        )
     made = []
     for number, entry in enumerate(listed):
         if not isinstance(entry, dict) or not isinstance(entry.get("task"), str):
@@ -87,7 +89,9 @@ def configured(entries: Sequence[tuple[str, Mapping[str, Any]]], settings: Seque
         try:
             changes.setdefault(name, {})[option] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise InputError(f"cannot read the value {text!r} of --set {setting}; write a number, word or list") from error
+            raise InputError(
+                f"cannot read the value {text!r} of --set {setting}; write a number, word or list"
+            ) from error
     return tuple(make(name, {**options, **changes.get(name, {})}) for name, options in entries)
 
 
@@ -103,11 +107,15 @@ def make(name: str, options: Mapping[str, Any]) -> Task:
             raise InputError(f"{word} has no option {option!r}; its options are {', '.join(known)}{hint}")
     for field in known.values():
         if field.default is MISSING and field.default_factory is MISSING and field.name not in options:
-            raise InputError(f"{word} needs {field.name}; write {word}:DATA, `transect show {word}` tells which there are")
+            raise InputError(
+                f"{word} needs {field.name}; write {word}:DATA, `transect show {word}` tells which there are"
+            )
     try:
         return TypeAdapter(kind).validate_python(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
+        if isinstance(own := first.get("ctx", {}).get("error"), InputError):
+            raise own from error
         where = ".".join(str(part) for part in first["loc"][:1]) or "options"
         raise InputError(f"{word}.{where}: {first['msg']}, given {first['input']!r}") from error
 

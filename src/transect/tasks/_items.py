@@ -17,8 +17,7 @@ from transect.tasks._sets import DataSet
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question: a context and a continuation for each option, which is right, and the options as records say them.
-    """
+    """One question: a context and a continuation for each option, which one is right, the options as they stand."""
 
     pairs: tuple[tuple[str, str], ...]
     gold: int
@@ -55,7 +54,9 @@ def option_items(chosen: DataSet, records: list[tuple[int, Record]]) -> list[Ite
         if len(contexts) == 1:
             contexts *= len(options)
         if len(options) < 2 or len(contexts) != len(options):
-            raise InputError(f"{where} has {len(options)} options for {len(contexts)} contexts; give two or more of both")
+            raise InputError(
+                f"{where} has {len(options)} options for {len(contexts)} contexts; give two or more of both"
+            )
         if any(not option.strip() for option in options):
             raise InputError(f"{where} has an option without text; mend or remove it")
         gold = _gold(made.get("gold"), options, [str(one) for one in made.get("labels") or ()], where)
@@ -77,12 +78,12 @@ def _gold(given: Any, options: Sequence[str], labels: Sequence[str], where: str)
     for known in (labels, options):
         if isinstance(given, str) and given in known:
             return list(known).index(given)
-    raise InputError(f"{where} has the right option {given!r}; it must be 0 to {len(options) - 1}, a label or an option")
+    raise InputError(
+        f"{where} has the right option {given!r}; it must be 0 to {len(options) - 1}, a label or an option"
+    )
 
 
-def accuracies(
-    right: dict[str, np.ndarray], keys: np.ndarray, like: Row, metric: str = "accuracy"
-) -> list[Row]:
+def accuracies(right: dict[str, np.ndarray], keys: np.ndarray, like: Row, metric: str = "accuracy") -> list[Row]:
     """A row for each rule: the mean over items of what is in `right` [items], with errors over items."""
     names = list(right)
     sums = np.column_stack([*right.values(), np.ones(len(keys))])

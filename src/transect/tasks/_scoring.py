@@ -76,7 +76,7 @@ def score_causal(view: View, requests: Sequence[Request], batch_size: int, tick:
 def score_masked(
     view: View, requests: Sequence[Request], mask_id: int, batch_size: int, tick: Tick = silent
 ) -> list[Scored]:
-    """log p(token | all others) of each token asked for, each hidden alone by the mask token: the pseudo-log-likelihood.
+    """log p(token | all others) of each token asked for, each hidden alone: the pseudo-log-likelihood.
 
     Source: Salazar et al., arXiv 1910.14659, equation 1. `greedy` says that each is likeliest at its place. Raises
     InputError as `score_causal`. Cost: a forward pass over the sequence for each token asked for.
@@ -143,9 +143,7 @@ def _read(view: View, logits: Tensor, places: list[tuple[int, int]], targets: np
     return values
 
 
-def _keep(
-    found: list[Scored | None], requests: Sequence[Request], numbers: Sequence[int], values: np.ndarray
-) -> None:
+def _keep(found: list[Scored | None], requests: Sequence[Request], numbers: Sequence[int], values: np.ndarray) -> None:
     start = 0
     for number in numbers:
         end = start + requests[number].last - requests[number].first

@@ -68,11 +68,12 @@ class Layout(Config):
 class DataSet(Config):
     """Where the records of a data set are, and how they are read.
 
-    kind: which task reads it. files: file names or patterns by split, the first that is there counts; `builtin:NAME`
-    is text made of what the package brings, `hf:NAME:CONFIG:SPLIT` a Hugging Face data set. several: each file that
-    fits the pattern is a set of its own. splits: expressions; of a file that several splits share, the records of each.
-    beside: files beside those of a split that hold a label a line, for records without `label`. delimiter: between context and option. shot_delimiter: between examples.
-    unconditional: what stands before an option whose own probability is wanted.
+    kind: which task reads it. files: file names or patterns by split, the first that is there counts; `builtin:NAME` is
+    text made of what the package brings, `hf:NAME:CONFIG:SPLIT` a Hugging Face data set. several: each file that fits
+    the pattern is a set of its own. splits: expressions; of a file that several splits share, the records of each.
+    beside: files beside those of a split that hold a label a line, for records without `label`. delimiter: between
+    context and option. shot_delimiter: between examples. unconditional: what stands before an option whose own
+    probability is wanted.
     """
 
     name: str
@@ -90,7 +91,7 @@ class DataSet(Config):
     unconditional: str = ""
 
     def records(self, split: str, folders: Sequence[Path]) -> list[Record]:
-        """The records of a split; raises NotAtHand where its file is not there, and InputError for a split not known."""
+        """The records of a split; raises NotAtHand where its file is not there, InputError for an unknown split."""
         if split not in self.files:
             raise InputError(f"{self.name} has no split {split!r}; it has {', '.join(self.files)}")
         found = self._all(split, folders)
@@ -112,7 +113,9 @@ class DataSet(Config):
             return records
         lines = labels.read_text(encoding="utf-8").split()
         if len(lines) != len(records):
-            raise InputError(f"{labels} has {len(lines)} labels for the {len(records)} records of {file}; give one each")
+            raise InputError(
+                f"{labels} has {len(lines)} labels for the {len(records)} records of {file}; give one each"
+            )
         return [record | {"label": label} for record, label in zip(records, lines, strict=True)]
 
     def read(self, record: Record, number: int) -> dict[str, Any]:
@@ -200,7 +203,9 @@ def _evaluate(expression: str, record: Record, where: str) -> Any:
             str(value)
         return value
     except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{where}: {expression!r} cannot be read: {error}; mend the record or the set's layout") from error
+        raise InputError(
+            f"{where}: {expression!r} cannot be read: {error}; mend the record or the set's layout"
+        ) from error
 
 
 def _filled(template: str, record: Record, where: str) -> str:

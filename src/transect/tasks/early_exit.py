@@ -29,10 +29,12 @@ class EarlyExit(LanguageModelling):
     """Loss on text, and agreement with the last layer, at resid[0] to resid[L] read through the final norm and head.
 
     nats_per_token: mean of -log p(token), as `language_modelling` has it at the last layer, whose windows and tokens
-    asked for are the same; unit nats/token. agreement: the share of tokens whose likeliest token is that of the last
-    layer; 0 to 1, at layer L always 1. Options are those of `language_modelling`. Errors are over documents.
-    Source: the logit lens, see `view.lens`; papers/ffn_wider_cea for lens loss by layer. Raises InputError where a head
-    reads more than the last state. Cost: one forward pass as in `language_modelling`, and L + 1 heads for each token.
+    asked for are the same. agreement: the share of tokens whose likeliest token is that of the last layer, at layer L
+    always 1. Options are those of `language_modelling`.
+    Range and unit: above 0, nats/token; 0 to 1. Errors are over documents.
+    Source: the logit lens, see `view.lens`; papers/ffn_wider_cea for lens loss by layer.
+    Raises: InputError where a head reads more than the last state.
+    Cost: one forward pass as in `language_modelling`, and L + 1 heads for each token.
     """
 
     title: ClassVar[str] = "Loss at every layer"

@@ -43,7 +43,11 @@ class FineTuning(LabelledTask):
     not move, such as `ffn:3` or `embeddings`. Others: see `Settings` and `LabelledTask`.
     Rows: variant `seed 0`, ... (errors over items), `mean` (t-interval over seeds), `majority` (always the most
     frequent label of training); part says the rate and the epoch.
-    Source: papers/ffn_wider_cea, X8; papers/nonlinearity_commutativity, section 5. Cost: for each rate, seed and epoch
+    Range and unit: 0..1.
+    Source: papers/ffn_wider_cea, X8; papers/nonlinearity_commutativity, section 5.
+    Raises: InputError for texts without labels, a single class, a label of the test that training has not, options
+    out of range, and weights that cannot be trained.
+    Cost: for each rate, seed and epoch
     three forward passes' work for a training item, one for a held-out item; one for a test item and run.
     """
 

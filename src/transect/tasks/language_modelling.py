@@ -24,8 +24,8 @@ class LanguageModelling(Task):
     nats_per_token = sum of -log p / tokens; bits_per_byte = the same sum / (bytes ln 2). Documents are judged apart;
     each begins behind the start token (bos, else eos). A longer document is cut into windows of `length` tokens, each
     with the last token of the one before as its only context; with `stride` s each window goes on by s tokens and looks
-    back at the others. Every token is asked for once. A masked model is asked for a share of the tokens, drawn by (seed,
-    document, place), each hidden alone (pseudo-likelihood); bytes are the text's times that share.
+    back at the others. Every token is asked for once. A masked model is asked for a share of the tokens, drawn by
+    (seed, document, place), each hidden alone (pseudo-likelihood); bytes are the text's times that share.
 
     Options: data, a source of text (`transect show language_modelling` lists them); split, what rows call it; of a
     run's corpus the split that is read; domain, what rows call other text; length, by default the model's, at most
@@ -98,7 +98,9 @@ class LanguageModelling(Task):
         """Tokens of a document in a window."""
         room = reader.length if reader.causal else reader.length - len(reader.prefix) - len(reader.suffix)
         if self.stride is not None and self.stride > room:
-            raise InputError(f"language_modelling.stride is {self.stride}; with windows of {room} it goes from 1 to {room}")
+            raise InputError(
+                f"language_modelling.stride is {self.stride}; with windows of {room} it goes from 1 to {room}"
+            )
         return room
 
     def _requests(
@@ -121,5 +123,7 @@ class LanguageModelling(Task):
                 requests.append(Request(ids, at, at + 1))
                 owners.append(document)
         if not requests:
-            raise InputError(f"{text.domain} has too little text to ask a share of {self.masked_share} of its tokens for")
+            raise InputError(
+                f"{text.domain} has too little text to ask a share of {self.masked_share} of its tokens for"
+            )
         return requests, owners

@@ -33,7 +33,10 @@ class LinearProbe(LabelledTask):
     data: a set of kind `labelled`. layers: `all`, or which of 0 to L; resid[L] is the state before a final norm.
     Rows: by layer, part says the ridge; variant `majority`, always the most frequent label of training.
     Range and unit: 0 to 1. Errors are over items.
-    Source: Alain and Bengio, arXiv 1610.01644. Cost: one forward pass over all texts; a fit for each layer and
+    Source: Alain and Bengio, arXiv 1610.01644.
+    Raises: InputError for texts without labels, a single class, a label of the test that training has not, and layers
+    that are not there.
+    Cost: one forward pass over all texts; a fit for each layer and
     ridge, some tens of products with the training vectors; memory of a vector for each text and layer.
     """
 

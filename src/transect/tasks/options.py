@@ -23,20 +23,19 @@ _ORDERS = ("drawn", "first")
 class Options(Task):
     """Accuracy of the option with the highest score, for each rule of scoring.
 
-    Rules: `option`, log p(option | context), or `whole`, log p(context and option), from the second token of the
-    item's own text on where nothing stands before it; each as it is, ` per token` (divided by its tokens) and
-    ` per character` (by the option's, or the whole text's, characters); and, with `unconditional`, `option less
-    unconditional`: less log p(option | what the set says stands before an option alone), before it is divided. `best` is
-    the rule with the highest accuracy on these items, as the paper reports it: chosen on what it is judged on, so it is
-    too high.
-    Where contexts differ and the continuation is the same (Winograd), the option's log-probability is that of the
+    Rules: `option`, log p(option | context), or `whole`, log p(context and option), from the second token of the item's
+    own text on where nothing stands before it; each as it is, ` per token` (divided by its tokens) and ` per character`
+    (by the option's, or the whole text's, characters); and, with `unconditional`, `option less unconditional`: less log
+    p(option | what the set says stands before an option alone), before it is divided. `best` is the rule with the
+    highest accuracy on these items, as the paper reports it: chosen on what it is judged on, so it is too high. Where
+    contexts differ and the continuation is the same (Winograd), the option's log-probability is that of the
     continuation. With shots k, k examples of `shot_split` stand before each item, other than it, drawn anew for every
     item and draw by (seed, draw, item), or with order `first` the first k; accuracies are means over draws.
     gold_probability: softmax over the options' log-probabilities, of the right one.
 
     Range and unit: 0..1; `chance` is the mean of 1 / options. Errors are over items.
-    Source: arXiv 2403.02436, few-shot (how its three choices combine is not said); `option` and `option per character` are acc and acc_norm of
-    lm-evaluation-harness 0.4. Ties go to the first option, as there.
+    Source: arXiv 2403.02436, few-shot (how its three choices combine is not said); `option` and `option per character`
+    are acc and acc_norm of lm-evaluation-harness 0.4. Ties go to the first option, as there.
     Raises: InputError for an option longer than the model's context, missing or wrong right options.
     Cost: a forward pass over context and option for each option; with `unconditional` one over each option alone.
     """

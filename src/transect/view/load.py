@@ -34,6 +34,7 @@ class Loaded:
     name: str
     revision: str | None
     notes: tuple[str, ...] = ()
+    path: str | None = None  # that it was read from
 
 
 def load_model(
@@ -51,7 +52,7 @@ def load_model(
     with _one_line(str(source)):
         model, tokenizer = _read(where, kind, trust_remote_code)
     align(model)
-    return Loaded(_placed(model, device, live=False), tokenizer, where.name, where.label, where.notes)
+    return Loaded(_placed(model, device, live=False), tokenizer, where.name, where.label, where.notes, where.path)
 
 
 @torch.no_grad()

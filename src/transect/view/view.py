@@ -28,7 +28,8 @@ class View:
     `layers` and `maps` follow the executed order, also inside an edit. `executed` holds, for each place in that order,
     the 0-based layer of the model as it was loaded. `causal` says that no position sees a later one. `replacing` says
     that a replacement is being computed, whose calls of the model's own modules are no part of the pass. `known` is how
-    many of the first layers are not run, as their output is known; edits in them are part of it.
+    many of the first layers are not run, as their output is known; edits in them are part of it. `path` is what the
+    model was loaded from; None for a live one.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class View:
         self.name = name or model.config._name_or_path or type(model).__name__
         self.revision = revision
         self.notes = notes
+        self.path: str | None = None
         self.replacing = False
         self.known = 0
         _refuse_nan(self.name, model)
@@ -90,7 +92,7 @@ class View:
         from transect.view.load import load_model
 
         loaded = load_model(source, revision, dtype, device, trust_remote_code)
-        return View(
+        view = View(
             loaded.model,
             tokenizer if tokenizer is not None else loaded.tokenizer,
             name=loaded.name,
@@ -98,6 +100,8 @@ class View:
             adapter=adapter,
             notes=loaded.notes,
         )
+        view.path = loaded.path
+        return view
 
     @property
     def num_layers(self) -> int:
