@@ -63,7 +63,10 @@ judge: setup
 	@for seed in $(SEEDS); do for twin in $(TWINS); do run=runs/judging/$$twin-$$seed; \
 		test -f $$run/rows.parquet || $(BIN)/transect train demo-$$twin --data data/judging -o $$run \
 			$$(test -f $$run/config.json && echo --resume) $(JUDGED) --set train.seed=$$seed || exit 1; done; done
-	@$(BIN)/transect evaluate $(foreach seed,$(SEEDS),$(TWINS:%=runs/judging/%-$(seed))) --suite quick --revision all
+	@$(BIN)/transect evaluate $(foreach seed,$(SEEDS),$(TWINS:%=runs/judging/%-$(seed))) \
+		--revision step-00000060 --revision step-00000080 --revision step-00000100 \
+		--task minimal_pairs:word_order --task options:continuation --task cloze:last_word --set minimal_pairs.limit=300 \
+		--set options.limit=150 --set options.unconditional=false --set cloze.limit=150
 	@rm -rf $(OUT)/judging && $(BIN)/transect compare $(foreach seed,$(SEEDS),$(TWINS:%=runs/judging/%-$(seed))) \
 		--baseline demo-vanilla --by loss,steps,flops,seconds -o $(OUT)/judging
 	@$(BIN)/transect report $(OUT)/judging -o $(OUT)/judging.html

@@ -11,6 +11,7 @@ from transect.comparing.reading import Run
 from transect.errors import InputError
 
 BY = ("loss", "steps", "flops", "seconds")
+UNMEASURED = "was not measured"
 AUTO = "auto"
 _LOOSER = (0.05, 0.10)
 _AMOUNTS = {"steps": "steps", "flops": "FLOPs", "seconds": "seconds"}
@@ -49,7 +50,7 @@ class Alignment:
         """The quantity of the run there, or why there is none."""
         curve = run.curves.get(quantity)
         if curve is None:
-            return None, f"{run.name} was not measured"
+            return None, f"{run.name} {UNMEASURED}"
         # A checkpoint that was evaluated later stands between evaluations of the run itself.
         amount = np.interp(curve.steps, run.steps, self._amount(run))
         place = crossing(*self._falling(amount))

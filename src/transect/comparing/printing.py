@@ -8,9 +8,9 @@ from rich.table import Table as Grid
 
 from transect.comparing.alignment import Alignment
 from transect.comparing.findings import Finding
-from transect.comparing.quantities import Quantity
+from transect.comparing.quantities import LANGUAGE, Quantity
 from transect.comparing.rows import COSTS
-from transect.comparing.sentences import p_word, short
+from transect.comparing.sentences import p_word, short, unmeasured
 from transect.comparing.statistics import Mean
 from transect.recipes.page import short as rounded
 from transect.results import Table
@@ -40,8 +40,9 @@ def print_comparison(table: Table, alignments: Sequence[Alignment], found: Seque
 
 
 def _shown(one: Finding) -> bool:
-    """Whether there is room for it: a number of the whole model that says something of its own."""
-    return one.repeats is None and one.quantity.layer is None
+    """Whether there is room for it: a number to read first, or a loss by domain, that says something of its own."""
+    language = one.quantity.task == LANGUAGE and not unmeasured(one)
+    return one.repeats is None and (language or (one.quantity.headline and not unmeasured(one)))
 
 
 def cells_of(one: Finding) -> tuple[str, ...]:

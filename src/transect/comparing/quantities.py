@@ -11,6 +11,8 @@ VALID, OOD = "valid", "ood"
 _LOWER = frozenset({"nats", "bits", "perplexity"})
 _HIGHER = frozenset({"accuracy", "acc", "f1"})
 _CHOSEN = ("lr ", "ridge ")
+_USUAL = (": option", ": option per character")  # of the rules of scoring options
+_SECOND = ("perplexity", "macro_f1")  # metrics that say again what another of their task says
 _WORTH_NATS, _WORTH_SHARE = 0.01, 0.02
 _UNITS = {"nats/token": " nats", "bits/byte": " bits per byte", "1": ""}
 
@@ -71,10 +73,11 @@ class Quantity:
 
     @property
     def headline(self) -> bool:
-        """Whether it is one of the numbers to read first: loss of a whole split, scores of other tasks."""
+        """Whether it is one of the numbers to read first: loss of a whole split, the usual scores of other tasks."""
         if self.task == LANGUAGE:
             return self.domain is None and self.metric == LOSS
-        return self.task is not None and self.layer is None
+        usual = self.variant is None or self.variant.endswith(_USUAL) or ": " not in self.variant
+        return self.task is not None and self.layer is None and usual and self.metric not in _SECOND
 
     @property
     def told(self) -> str:

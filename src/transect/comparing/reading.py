@@ -134,10 +134,11 @@ def _take(points: dict[Quantity, Points], rows: Iterable[Row], evaluated: bool =
 
 
 def _comparable(row: Row) -> bool:
-    """Whether it is a number of the model: of a task, but its single seeds and controls, or of a probe as a whole."""
+    """Whether it is a number of the model: of a task, but its single seeds, controls and best rule, or of a probe."""
     if row.task is not None:
         variant = row.variant or ""
-        return row.metric != "left_out" and variant != "majority" and not variant.startswith("seed ")
+        own = variant in ("majority", "chance") or variant.startswith("seed ") or ": best (" in variant
+        return row.metric != "left_out" and not own
     return row.probe not in (None, "train") and row.layer is None and row.layer_to is None
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from transect.comparing.alignment import Alignment
+from transect.comparing.alignment import UNMEASURED, Alignment
 from transect.comparing.arms import Arm
 from transect.comparing.curves import read_off
 from transect.comparing.facts import rate_factor
@@ -15,11 +15,16 @@ def sentences(found: Iterable[Finding]) -> list[str]:
     """One for each quantity and arm beside the baseline, but for what only says another again."""
     told = []
     for one in found:
-        if one.baseline is None or one.repeats is not None:
+        if one.baseline is None or one.repeats is not None or unmeasured(one):
             continue
         if one.alignment.main or one.quantity.headline:
             told.append(_sentence(one, one.baseline))
     return told
+
+
+def unmeasured(one: Finding) -> bool:
+    """Whether there is nothing to say because a run was not measured at all."""
+    return one.difference is None and any(reason.endswith(UNMEASURED) for reason in one.reasons.values())
 
 
 def _sentence(one: Finding, baseline: str) -> str:
@@ -77,6 +82,10 @@ def notes(arms: Sequence[Arm], alignments: Sequence[Alignment], found: Sequence[
     if any(len(arm.runs) == 1 for arm in arms):
         told.append(f"{', '.join(arm.name for arm in arms if len(arm.runs) == 1)}: {ONE_SEED}")
     told += [f"no comparison at {one.name}: {one.reason}" for one in alignments if one.reason]
+    some = {one.quantity.words: reason for one in found if unmeasured(one) for reason in one.reasons.values()}
+    if some:
+        name, reason = next(iter(some.items()))
+        told.append(f"{len(some)} quantities were not measured in all runs and are left out, such as {name}: {reason}")
     told += dict.fromkeys(_pairing(one) for one in found if one.difference is not None and one.difference.left_out)
     for alignment in alignments:
         if alignment.main and (decayed := _decayed(arms, alignment)):
