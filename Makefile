@@ -65,8 +65,7 @@ judge: setup
 			$$(test -f $$run/config.json && echo --resume) $(JUDGED) --set train.seed=$$seed || exit 1; done; done
 	@$(BIN)/transect evaluate $(foreach seed,$(SEEDS),$(TWINS:%=runs/judging/%-$(seed))) \
 		--revision step-00000060 --revision step-00000080 --revision step-00000100 \
-		--task minimal_pairs:word_order --task options:continuation --task cloze:last_word --set minimal_pairs.limit=300 \
-		--set options.limit=150 --set options.unconditional=false --set cloze.limit=150
+		--task minimal_pairs:word_order --set minimal_pairs.limit=200
 	@rm -rf $(OUT)/judging && $(BIN)/transect compare $(foreach seed,$(SEEDS),$(TWINS:%=runs/judging/%-$(seed))) \
 		--baseline demo-vanilla --by loss,steps,flops,seconds -o $(OUT)/judging
 	@$(BIN)/transect report $(OUT)/judging -o $(OUT)/judging.html

@@ -76,7 +76,8 @@ class Quantity:
         """Whether it is one of the numbers to read first: loss of a whole split, the usual scores of other tasks."""
         if self.task == LANGUAGE:
             return self.domain is None and self.metric == LOSS
-        usual = self.variant is None or self.variant.endswith(_USUAL) or ": " not in self.variant
+        rule = self.variant or ""
+        usual = rule.endswith(_USUAL) or (": " not in rule and not rule.endswith(" per token"))
         return self.task is not None and self.layer is None and usual and self.metric not in _SECOND
 
     @property
