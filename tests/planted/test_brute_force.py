@@ -16,7 +16,7 @@ from transect.view.view import View
 
 FAMILIES = ("gpt2", "bert", "gptj", "gemma2")
 TOLERANCE = 1e-9
-ROUGH = {"gptj": 1e-7}  # its attention runs in float32, so one sequence alone differs from a batch
+ROUGH = {"gptj": 1e-7, "gemma2": 1e-8}  # attention, norms in float32: one sequence differs from a batch, CPUs differ
 LAYERS = 2
 ELEMENTS = {
     "ffn": ("ffn_in", "ffn_out"),
