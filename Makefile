@@ -17,7 +17,7 @@ TWIN_TOKENS = 100000
 .PHONY: run measured twins test results judge setup check fix bench clean
 
 run: setup $(MODELS:%=material/%/config.json)
-	@rm -rf $(OUT)
+	@rm -rf $(addprefix $(OUT)/,$(MODELS) texts corpus twins judged compared)
 	@$(MAKE) --no-print-directory measured twins
 	@$(BIN)/transect report $(OUT)/compared $(TWINS:%=$(OUT)/twins/%) $(OUT)/judged $(MODELS:%=$(OUT)/%) -o $(OUT)/report.html
 	@echo "== open $(OUT)/report.html in a browser. In it: the five twins compared at equal loss, what they do on the tasks of"

@@ -60,7 +60,7 @@ class RunFolder:
 
     def withdraw(self) -> None:
         """Take back a folder whose run found its input unusable before anything was kept."""
-        if self.state_file.is_file() or (self.path / "rows.jsonl").is_file():
+        if not self.path.is_dir() or self.state_file.is_file() or (self.path / "rows.jsonl").is_file():
             return
         (self.path / "config.json").unlink(missing_ok=True)
         if not any(self.path.iterdir()):
