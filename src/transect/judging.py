@@ -1,6 +1,7 @@
 """What the command `evaluate` does, for a terminal."""
 
-from dataclasses import asdict, dataclass, replace
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from transect.errors import InputError
 from transect.evaluate import Origin, evaluate, origin_of
 from transect.joint import check_folder, withdraw, write_joint
 from transect.results import Table
-from transect.runs import RunFolder, fingerprint
+from transect.runs import RunFolder, environment, fingerprint
 from transect.series import Member, series_of
 from transect.suites import Suite
 from transect.tasks.base import Task
@@ -99,7 +100,7 @@ def _judge(request: Request, member: Member, suite: Suite, joint: bool, speaker:
     view.name = member.model
     origin = None if view.path is None else origin_of(view.path)
     if request.harness:
-        return _harness(request, view, origin, speaker)
+        return _harness(request, member, joint, view, origin, speaker)
     output, resume = _output(request, member, suite, joint, origin)
     if output is not None and RunFolder(output).finished() and resume:
         speaker.say(f"{output} is finished; its rows are read")
@@ -121,27 +122,38 @@ def _judge(request: Request, member: Member, suite: Suite, joint: bool, speaker:
     return table
 
 
-def _harness(request: Request, view: View, origin: Origin | None, speaker: Speaker) -> Table:
+def _harness(
+    request: Request, member: Member, joint: bool, view: View, origin: Origin | None, speaker: Speaker
+) -> Table:
     from transect import harness
 
-    rows = harness.run(
-        view,
-        request.harness,
-        include_path=request.include_path,
-        limit=request.limit,
-        num_fewshot=request.shots,
-        batch_size=request.batch_size,
-        seed=request.seed,
-    )
-    stamp = {"model": view.name, "revision": view.revision}
-    if origin is not None:
-        stamp = {"model": origin.recipe.name, "run": origin.run, "revision": view.revision}
-    table = Table(replace(row, **stamp) for row in rows)
+    folder = None
     if request.output is not None:
         config = {"kind": "lm_eval", "model": view.name, "tasks": list(request.harness), "seed": request.seed}
-        folder = RunFolder.open(request.output, config | {"limit": request.limit, "shots": request.shots}, False)
-        table.write(folder.path)
-        speaker.say(f"rows are in {folder.path}")
+        path = request.output / member.folder if joint else request.output
+        folder = RunFolder.open(path, config | {"limit": request.limit, "shots": request.shots}, False)
+    started = time.monotonic()
+    try:
+        rows = harness.run(
+            view,
+            request.harness,
+            include_path=request.include_path,
+            limit=request.limit,
+            num_fewshot=request.shots,
+            batch_size=request.batch_size,
+            seed=request.seed,
+        )
+    except InputError:
+        if folder is not None:
+            folder.withdraw()
+        raise
+    stamp = {"model": view.name, "revision": view.revision}
+    if origin is not None:
+        stamp |= {"model": origin.recipe.name, "run": origin.run}
+    table = Table(rows).stamped(**stamp)
+    if folder is not None:
+        folder.finish(table, environment(view.device, list(view.notes), time.monotonic() - started))
+        speaker.say(f"rows and run record are in {folder.path}")
     return table
 
 
@@ -153,13 +165,10 @@ def _output(
         return (request.output / member.folder if joint else request.output), request.resume
     if origin is None or not _is_run(member.where.home):
         return None, False
-    settings = [{"task": task.name, **_options(task)} for task in suite.tasks]
-    name = f"{suite.name or 'tasks'}-{fingerprint([settings, request.seed, request.dtype])[:8]}"
+    settings = [{"task": task.name, **asdict(task)} for task in suite.tasks]
+    known = [settings, [str(folder) for folder in _folders(request)], request.seed, request.dtype]
+    name = f"{suite.name or 'tasks'}-{fingerprint(known)[:8]}"
     return Path(member.where.home) / "evaluations" / name / str(member.label or "last"), True
-
-
-def _options(task: Task) -> dict:
-    return asdict(task)
 
 
 def _is_run(path: str) -> bool:

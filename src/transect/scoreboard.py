@@ -12,6 +12,7 @@ _KEPT = {  # of a task with many conventions, the ends of variants that are show
 }
 _METRICS = {"options": ("accuracy",), "cloze": ("accuracy", "perplexity"), "early_exit": ("nats_per_token",)}
 _LEFT_OUT = ("seed",)  # variants that begin so are parts of a mean
+_BY_PART = ("minimal_pairs",)  # whose rows with a part are pieces of the one without
 _WIDTH = 46
 
 
@@ -40,7 +41,7 @@ def _print_task(task: str, rows: list[Row], names: list[str], console: Console) 
 
 
 def _shown(row: Row) -> bool:
-    if row.value is None or row.part is not None:
+    if row.value is None or (row.part is not None and row.task in _BY_PART):
         return False
     variant = row.variant or ""
     if row.metric not in _METRICS.get(str(row.task), (row.metric,)) or variant.startswith(_LEFT_OUT):
