@@ -149,7 +149,7 @@ def _run_pass(plan: Plan, item: Pass, keeper: _Keeper, progress: Progress | None
         stage = item.stages[index]
         done = keeper.batch
         sequences = stage.sequences[done * stage.batch_size :]
-        for batch in batches(item.data, sequences, stage.batch_size, _pad_id(plan.view), item.full_width):
+        for batch in batches(item.data, sequences, stage.batch_size, plan.view.pad_id, item.full_width):
             if stage.phase == "edit":
                 _edit_batch(plan.view, item, states[0], batch, _ticker(plan, batch, progress, keeper, states, stopped))
             else:
@@ -268,11 +268,6 @@ def _refuse_nan(view: View, hidden: Tensor, batch: Batch) -> None:
 def _not_finite(view: View) -> str:
     dtype = str(view.dtype).removeprefix("torch.")
     return f"{view.name} gives NaN or infinity on this text in {dtype}; check the weights or use float32"
-
-
-def _pad_id(view: View) -> int:
-    pad = view.model.config.pad_token_id
-    return pad if isinstance(pad, int) and 0 <= pad < view.vocab_size else 0
 
 
 def stamped(rows: Iterable[Row], plan: Plan, probe: Probe) -> list[Row]:

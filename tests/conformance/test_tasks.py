@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,7 @@ def test_rows_are_whole_repeat_and_leave_the_model_alone(name: str, folder: Path
     for row in table:
         assert row.task == name and row.model == "gpt2" and row.unit and row.domain and row.config and row.data
         assert row.reason or (row.n and math.isfinite(row.value))
+        assert row.metric == "left_out" or re.fullmatch(r".+ \[[0-9a-f]{16}\]", row.data), row.data
         if row.low is not None and row.value is not None:
             assert row.low <= row.value + 1e-12 and row.value <= row.high + 1e-12, row
     assert any(row.value is not None for row in table)

@@ -208,7 +208,7 @@ def test_all_checkpoints_of_a_run_folder(trained: Path, options: list[object], w
 def test_no_model_is_kept_when_the_next_is_loaded(
     trained: Path, options: list[object], monkeypatch: pytest.MonkeyPatch
 ):
-    load, alive, views = commands._load, [], []
+    load, alive, views = commands.quiet_load, [], []
 
     def watched(*arguments: Any) -> tx.View:
         gc.disable()  # nothing but references may keep a model
@@ -217,7 +217,7 @@ def test_no_model_is_kept_when_the_next_is_loaded(
         views.append(weakref.ref(view.model))
         return view
 
-    monkeypatch.setattr(commands, "_load", watched)
+    monkeypatch.setattr(commands, "quiet_load", watched)
     try:
         _said("measure", trained, *options)
     finally:
@@ -316,7 +316,7 @@ def _without_weights(folder: Path) -> None:
 def test_a_model_that_is_not_there_is_known_before_anything_is_measured(
     damage, words: str, trained: Path, options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(commands, "_load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(commands, "quiet_load", lambda *_: pytest.fail("a model was loaded"))
     broken = tmp_path / "broken"
     shutil.copytree(trained / "checkpoint-3", broken)
     damage(broken)

@@ -95,6 +95,16 @@ def test_options_by_every_rule(tmp_path: Path, batch: int):
     assert rows["accuracy", "0-shot: option"].n == len(ITEMS)
 
 
+def test_rows_name_the_items_they_are_of(tmp_path: Path):
+    one, data = view(), _options(tmp_path)
+    names = [
+        {row.data for row in task.rows(Subject(view=one, folders=(tmp_path,)))}
+        for task in (Options(data=data), Options(data=data, unconditional=False), Options(data=data, limit=3))
+    ]
+    assert [len(found) for found in names] == [1, 1, 1]
+    assert names[0] == names[1] != names[2] and next(iter(names[0])).startswith("mine [")
+
+
 def test_first_shots_stand_before_the_item(tmp_path: Path):
     one = view()
     records = [*ITEMS, *(record | {"question": record["question"] + " and"} for record in ITEMS)]

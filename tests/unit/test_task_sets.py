@@ -127,6 +127,29 @@ def test_labels_beside_the_records(tmp_path: Path):
         one.records("test", [tmp_path])
 
 
+def test_a_table_without_a_head_line(tmp_path: Path):
+    (tmp_path / "CoLA").mkdir()
+    (tmp_path / "CoLA" / "dev.tsv").write_text('gj04\t1\t\tThey "drank it.\ngj04\t0\t*\tThey drank the.\n')
+    one = _sets.data_set("glue_cola", "labelled")
+    made = [one.read(record, number) for number, record in enumerate(one.records("test", [tmp_path]))]
+    assert made == [{"text": 'They "drank it.', "label": "1"}, {"text": "They drank the.", "label": "0"}]
+
+
+def test_hugging_face_data_sets_are_read(tmp_path: Path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"country": ["France", "Spain"], "capital": ["Paris", "Madrid"], "others": [["Lyon"], ["Vigo"]]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "capitals")
+    (tmp_path / "mine.yaml").write_text(
+        f"description: d\nsource: s\nkind: options\nfiles: {{test: ['hf:{tmp_path / 'capitals'}']}}\n"
+        "layouts: [{context: 'Of {{ country }}', options: '[capital] + others', gold: '0'}]\n"
+    )
+    one = _sets.data_set(str(tmp_path / "mine.yaml"), "options")
+    items = option_items(one, list(enumerate(one.records("test", ()))))
+    assert [item.options for item in items] == [("Paris", "Lyon"), ("Madrid", "Vigo")]
+    with pytest.raises(InputError, match="cannot open hf:"):
+        _records.hugging_face(f"hf:{tmp_path / 'absent'}")
+
+
 def test_records_of_every_format(tmp_path: Path):
     rows = [{"text": 'a "quoted", word', "label": "x"}, {"text": "b\ttab", "label": "y"}]
     made = {

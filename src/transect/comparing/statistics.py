@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from transect.metrics.errors import DRAWS, Error
+from transect.metrics.errors import DRAWS, Error, t_interval
 
 LEVEL = 0.95
 ALPHA, POWER = 0.05, 0.8
@@ -44,15 +44,9 @@ class Difference:
 
 def mean_of(values: Sequence[float]) -> Mean:
     """The mean and its 95 % t-interval, half-width t(0.975, n - 1) s / sqrt(n); values [seeds], any unit."""
-    from scipy import stats
-
     numbers = np.asarray(values, np.float64)
-    centre = float(numbers.mean())
-    if len(numbers) < 2:
-        return Mean(centre, 1, None, ONE_SEED)
-    stderr = float(numbers.std(ddof=1) / math.sqrt(len(numbers)))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(numbers) - 1)) * stderr
-    return Mean(centre, len(numbers), Error(stderr, centre - half, centre + half))
+    error = t_interval(numbers, LEVEL)
+    return Mean(float(numbers.mean()), len(numbers), error, ONE_SEED if error is None else None)
 
 
 def bootstrapped(values: Sequence[float]) -> tuple[float, float] | str:

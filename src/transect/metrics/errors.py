@@ -59,3 +59,17 @@ def jackknife(value: float, left_out: list[float]) -> Error | None:
     values = np.asarray(left_out)
     stderr = float(np.sqrt((groups - 1) / groups * np.square(values - values.mean()).sum()))
     return Error(stderr, float(value) - 1.96 * stderr, float(value) + 1.96 * stderr)
+
+
+def t_interval(values: np.ndarray, level: float = 0.95) -> Error | None:
+    """Of the mean of independent values, such as seeds: s / sqrt(n), and plus or minus t((1 + level) / 2, n - 1) of it.
+
+    None for fewer than two values. Source: Student (1908).
+    """
+    if len(values) < 2:
+        return None
+    from scipy.special import stdtrit
+
+    mean, stderr = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
+    half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * stderr
+    return Error(stderr, mean - half, mean + half)

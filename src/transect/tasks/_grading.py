@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.special import stdtrit
 
-from transect.metrics.errors import Error, bootstrap
+from transect.metrics.errors import bootstrap, t_interval
 from transect.results import Row
 from transect.tasks._sequences import Coded
+from transect.tasks.base import named
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +25,26 @@ class Grader:
 
     def rows(self, predicted: np.ndarray, **columns: object) -> Iterator[Row]:
         """Both metrics, with the columns given."""
-        blank = replace(self.row, n=len(self.test), documents=len(self.test), **columns)  # pyright: ignore[reportArgumentType]
+        blank = replace(self._blank, **columns)  # pyright: ignore[reportArgumentType]
         values, errors = bootstrap(self._sums(predicted), self.test.keys, self._statistic, self.seed)
         for metric, value, error in zip(self._metrics, values, errors, strict=True):
             yield replace(blank, metric=metric).measured(float(value), error)
 
     def mean_rows(self, predictions: Sequence[np.ndarray], **columns: object) -> Iterator[Row]:
         """The mean of both metrics over seeds; error and interval are those of a t-distribution over seeds."""
-        blank = replace(self.row, n=len(self.test), documents=len(self.test), **columns)  # pyright: ignore[reportArgumentType]
+        blank = replace(self._blank, **columns)  # pyright: ignore[reportArgumentType]
         values = np.array([self.values(predicted) for predicted in predictions])
         for metric, column in zip(self._metrics, values.T, strict=True):
-            yield replace(blank, metric=metric).measured(float(column.mean()), over_seeds(column))
+            yield replace(blank, metric=metric).measured(float(column.mean()), t_interval(column))
 
     def values(self, predicted: np.ndarray) -> np.ndarray:
         """Accuracy and, of classes, macro F1."""
         return self._statistic(self._sums(predicted).sum(0, keepdims=True))[0]
+
+    @property
+    def _blank(self) -> Row:
+        count = len(self.test)
+        return replace(self.row, n=count, documents=count, data=named(str(self.row.domain), self.test.keys))
 
     @property
     def _metrics(self) -> tuple[str, ...]:
@@ -64,13 +69,3 @@ class Grader:
 def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
     """[items, classes] float64."""
     return (labels[:, None] == np.arange(classes)).astype(np.float64)
-
-
-def over_seeds(values: np.ndarray) -> Error | None:
-    """The standard error of a mean of values [seeds] and its 95 % t-interval; None of one value."""
-    if len(values) < 2:
-        return None
-    stderr = float(values.std(ddof=1) / np.sqrt(len(values)))
-    half = float(stdtrit(len(values) - 1, 0.975)) * stderr
-    mean = float(values.mean())
-    return Error(stderr, mean - half, mean + half)

@@ -13,6 +13,7 @@ from transect.results import Row
 from transect.tasks._documents import text_key
 from transect.tasks._records import Record
 from transect.tasks._sets import DataSet
+from transect.tasks.base import named
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def accuracies(right: dict[str, np.ndarray], keys: np.ndarray, like: Row, metric
     sums = np.column_stack([*right.values(), np.ones(len(keys))])
     values, errors = bootstrap(sums, keys, lambda totals: totals[:, :-1] / totals[:, -1:], seed=0)
     return [
-        _named(like, metric, name, len(keys)).measured(float(value), error)
+        _of(like, metric, name, keys).measured(float(value), error)
         for name, value, error in zip(names, values, errors, strict=True)
     ]
 
@@ -98,8 +99,9 @@ def mean_row(values: np.ndarray, keys: np.ndarray, like: Row, made: Callable[[np
     """`like` with a statistic of the mean of values [items], with errors over items."""
     sums = np.column_stack([values, np.ones(len(keys))])
     found, errors = bootstrap(sums, keys, lambda totals: made(totals[:, 0] / totals[:, 1])[:, None], seed=0)
-    return _named(like, like.metric, like.variant, len(keys)).measured(float(found[0]), errors[0])
+    return _of(like, like.metric, like.variant, keys).measured(float(found[0]), errors[0])
 
 
-def _named(like: Row, metric: str, variant: str | None, count: int) -> Row:
-    return replace(like, metric=metric, variant=variant, n=count, documents=count)
+def _of(like: Row, metric: str, variant: str | None, keys: np.ndarray) -> Row:
+    data = named(str(like.domain), keys)
+    return replace(like, metric=metric, variant=variant, n=len(keys), documents=len(keys), data=data)

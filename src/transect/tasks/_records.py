@@ -41,8 +41,11 @@ def found(patterns: Sequence[str], folders: Sequence[Path], what: str) -> Path:
     return path
 
 
-def read(path: Path) -> list[Record]:
-    """All records of a file; raises InputError, with the line where there is one, for what is none."""
+def read(path: Path, columns: Sequence[str] = ()) -> list[Record]:
+    """All records of a file; raises InputError, with the line where there is one, for what is none.
+
+    columns: names of those of a table, where its file has no head line.
+    """
     name = path.name.lower().removesuffix(".gz")
     try:
         if name.endswith(".parquet"):
@@ -55,7 +58,7 @@ def read(path: Path) -> list[Record]:
         if name.endswith(".json"):
             return _whole(json.loads(text), path)
         if name.endswith((".csv", ".tsv")):
-            return _table(text, "," if name.endswith(".csv") else "\t")
+            return _table(text, "," if name.endswith(".csv") else "\t", columns)
     except (OSError, EOFError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -107,11 +110,11 @@ def _whole(content: Any, path: Path) -> list[Record]:
     return content
 
 
-def _table(text: str, delimiter: str) -> list[Record]:
+def _table(text: str, delimiter: str, columns: Sequence[str]) -> list[Record]:
     before = csv.field_size_limit(_CSV_FIELD)
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # GLUE's files have lone quotes
     try:
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+        rows = csv.DictReader(io.StringIO(text, newline=""), columns or None, delimiter=delimiter, quoting=quoting)
         return [{str(k): v for k, v in row.items()} for row in rows]
     finally:
         csv.field_size_limit(before)

@@ -113,18 +113,21 @@ def _groups(order: list, length: Callable[[Any], int], view: View, batch_size: i
         start += count
 
 
-def _logits(view: View, rows: Sequence[np.ndarray]) -> Tensor:
-    """Logits [rows, longest, vocabulary] of sequences padded on the right."""
-    width = max(len(row) for row in rows)
-    pad = view.model.config.pad_token_id
-    ids = torch.full((len(rows), width), pad if isinstance(pad, int) and 0 <= pad < view.vocab_size else 0)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+def right_padded(view: View, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Ids and mask [rows, longest] of sequences padded on the right; raises InputError for ids out of range."""
+    ids = torch.full((len(rows), max(len(row) for row in rows)), view.pad_id)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
     for number, row in enumerate(rows):
         ids[number, : len(row)] = torch.from_numpy(np.asarray(row, dtype=np.int64))
         mask[number, : len(row)] = True
     view.check_ids(ids)
+    return ids, mask
+
+
+def _logits(view: View, rows: Sequence[np.ndarray]) -> Tensor:
+    """Logits [rows, longest, vocabulary]."""
     with torch.inference_mode():
-        return view.run(ids, mask, head=True)
+        return view.run(*right_padded(view, rows), head=True)
 
 
 def _read(view: View, logits: Tensor, places: list[tuple[int, int]], targets: np.ndarray) -> np.ndarray:

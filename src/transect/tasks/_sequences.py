@@ -14,6 +14,7 @@ from transect.data.text import wrappers
 from transect.errors import InputError
 from transect.tasks._encoding import encoded
 from transect.tasks._labelled import Example
+from transect.tasks._scoring import right_padded
 from transect.view.own import settings_of
 from transect.view.view import View
 
@@ -131,16 +132,11 @@ class Padded:
 def padded(view: View, items: Sequence[tuple[Tokens, ...]]) -> Padded:
     """The sequences of some items on the view's device."""
     rows = [(tokens, item, number) for item, own in enumerate(items) for number, tokens in enumerate(own)]
-    width = max(len(tokens.ids) for tokens, _, _ in rows)
-    pad = view.model.config.pad_token_id
-    ids = torch.full((len(rows), width), pad if isinstance(pad, int) and 0 <= pad < view.vocab_size else 0)
-    types = torch.zeros_like(ids)
-    mask, special = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    ids, mask = right_padded(view, [tokens.ids for tokens, _, _ in rows])
+    types, special = torch.zeros_like(ids), torch.zeros_like(mask)
     for row, (tokens, _, _) in enumerate(rows):
         end = len(tokens.ids)
-        ids[row, :end], types[row, :end] = torch.from_numpy(tokens.ids), torch.from_numpy(tokens.types)
-        mask[row, :end], special[row, :end] = True, torch.from_numpy(tokens.special)
-    view.check_ids(ids)
+        types[row, :end], special[row, :end] = torch.from_numpy(tokens.types), torch.from_numpy(tokens.special)
     places = torch.tensor([(item, number) for _, item, number in rows])
     return Padded(*(one.to(view.device) for one in (ids, mask, types, special, places[:, 0], places[:, 1])))
 

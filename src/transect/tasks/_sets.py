@@ -71,9 +71,9 @@ class DataSet(Config):
     kind: which task reads it. files: file names or patterns by split, the first that is there counts; `builtin:NAME` is
     text made of what the package brings, `hf:NAME:CONFIG:SPLIT` a Hugging Face data set. several: each file that fits
     the pattern is a set of its own. splits: expressions; of a file that several splits share, the records of each.
-    beside: files beside those of a split that hold a label a line, for records without `label`. delimiter: between
-    context and option. shot_delimiter: between examples. unconditional: what stands before an option whose own
-    probability is wanted.
+    beside: files beside those of a split that hold a label a line, for records without `label`. columns: of tables
+    without a head line. delimiter: between context and option. shot_delimiter: between examples. unconditional: what
+    stands before an option whose own probability is wanted.
     """
 
     name: str
@@ -84,6 +84,7 @@ class DataSet(Config):
     files: dict[str, list[str]]
     splits: dict[str, str] = Field(default_factory=dict)
     beside: dict[str, str] = Field(default_factory=dict)
+    columns: list[str] = Field(default_factory=list)
     several: bool = False
     layouts: list[Layout] = Field(min_length=1)
     delimiter: str = " "
@@ -107,7 +108,7 @@ class DataSet(Config):
         if patterns[0].startswith("hf:"):
             return _records.hugging_face(patterns[0])
         file = _records.found(patterns, folders, self.name)
-        records = _records.read(file)
+        records = _records.read(file, self.columns)
         labels = file.with_name(self.beside[split]) if split in self.beside else None
         if labels is None or not labels.is_file() or not records or "label" in records[0]:
             return records

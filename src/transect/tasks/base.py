@@ -3,8 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar
+
+import numpy as np
 
 from transect.data.corpus import Corpus
 from transect.recipes.recipe import Recipe
@@ -93,3 +96,9 @@ def data_label(data: str) -> str:
     for ending in (".gz", ".jsonl", ".json", ".parquet", ".yaml", ".yml", ".txt", ".csv", ".tsv"):
         name = name.removesuffix(ending)
     return name or data
+
+
+def named(data: str, keys: np.ndarray) -> str:
+    """What rows call the items or documents judged: their source, and 16 digits that follow from the keys of all."""
+    digest = blake2b(np.sort(keys.astype("<u8")).tobytes(), digest_size=8).hexdigest()
+    return f"{data} [{digest}]"

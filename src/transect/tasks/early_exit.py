@@ -13,8 +13,8 @@ from transect.metrics.angles import widened
 from transect.metrics.errors import bootstrap
 from transect.results import Row
 from transect.tasks._documents import CORPUS, Documents, documents
-from transect.tasks._scoring import Request
-from transect.tasks.base import Subject
+from transect.tasks._scoring import Request, right_padded
+from transect.tasks.base import Subject, named
 from transect.tasks.language_modelling import LanguageModelling
 from transect.view.capture import Seen, stream
 from transect.view.lens import Lens
@@ -73,19 +73,13 @@ def _sums(
 def _states(view: View, requests: list[Request], mask_id: int | None) -> Tensor:
     """resid[0..L] from which each token asked for is read [L + 1, tokens, width]; with a mask token it is hidden."""
     inputs = [request.ids[: request.last - 1] if mask_id is None else request.ids.copy() for request in requests]
-    pad = view.model.config.pad_token_id
-    ids = torch.full(
-        (len(inputs), max(map(len, inputs))), pad if isinstance(pad, int) and 0 <= pad < view.vocab_size else 0
-    )
-    mask = torch.zeros_like(ids, dtype=torch.bool)
     places: list[tuple[int, int]] = []
     for row, (request, own) in enumerate(zip(requests, inputs, strict=True)):
         if mask_id is not None:
             own[request.first : request.last] = mask_id
-        ids[row, : len(own)], mask[row, : len(own)] = torch.from_numpy(own), True
         places += [(row, place - (mask_id is None)) for place in range(request.first, request.last)]
+    ids, mask = right_padded(view, inputs)
     rows, columns = torch.tensor(places).T
-    view.check_ids(ids)
     taken: dict[int, Tensor] = {}
 
     def consume(layer: int, seen: Seen) -> None:
@@ -120,6 +114,7 @@ def _rows(text: Documents, sums: np.ndarray, domain: str) -> Iterator[Row]:
     values, errors = bootstrap(sums, text.keys, lambda totals: totals[:, :-1] / totals[:, -1:], seed=0)
     layers = len(values) // 2
     blank = Row(metric="", value=0.0, unit="", site="resid", domain=domain, split=text.split, n=int(sums[:, -1].sum()))
+    blank = replace(blank, data=named(domain, text.keys))
     for number, (value, error) in enumerate(zip(values, errors, strict=True)):
         metric, unit = ("nats_per_token", "nats/token") if number < layers else ("agreement", "1")
         row = replace(blank, metric=metric, unit=unit, layer=number % layers, documents=len(sums))

@@ -1,7 +1,7 @@
 """Language modelling: how well a model predicts text of one domain, in bits per byte and nats per token."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from transect.results import Row
 from transect.tasks._documents import CORPUS, Documents, check_documents, documents
 from transect.tasks._encoding import Reader
 from transect.tasks._scoring import Request
-from transect.tasks.base import Subject, Task
+from transect.tasks.base import Subject, Task, named
 from transect.train.evaluate import domain_rows
 
 
@@ -85,7 +85,8 @@ class LanguageModelling(Task):
             sums[:, 2] = one.bytes * sums[:, 1] / sizes
             how = f"window {room}, stride {stride}" if reader.causal else f"{self.masked_share:.0%} hidden one by one"
             domain = one.domain if self.data.startswith(CORPUS) else self.label
-            yield from domain_rows(one.split, domain, sums, one.keys, how)
+            data = named(domain, one.keys)
+            yield from (replace(row, data=data) for row in domain_rows(one.split, domain, sums, one.keys, how))
 
     def _reader(self, subject: Subject) -> Reader:
         length = self.length

@@ -13,7 +13,7 @@ from transect.tasks import _records
 from transect.tasks._encoding import Reader
 from transect.tasks._items import Item, accuracies, limited
 from transect.tasks._sets import DataSet, data_set
-from transect.tasks.base import Subject, Task
+from transect.tasks.base import Subject, Task, named
 
 _LENGTHS = ("whole", "whole per token")
 
@@ -71,7 +71,7 @@ class MinimalPairs(Task):
             made.append(accuracies({rule: hits[some] for rule, hits in right.items()}, keys[some], like))
             if len(files) > 1:
                 yield from (replace(row, part=name) for row in made[-1])
-        yield from made[0] if len(files) == 1 else _over_files(made)
+        yield from made[0] if len(files) == 1 else _over_files(made, named(self.label, keys))
 
     def _files(self, subject: Subject) -> Iterator[tuple[str, list[Item]]]:
         chosen = data_set(self.data, "minimal_pairs")
@@ -101,13 +101,13 @@ def _fits(path: Path, patterns: list[str]) -> bool:
     return any(path.match(pattern.rsplit("/", 1)[-1]) for pattern in patterns)
 
 
-def _over_files(made: list[list[Row]]) -> Iterator[Row]:
+def _over_files(made: list[list[Row]], data: str) -> Iterator[Row]:
     """The mean over files of each rule; its error from those of the files, which share no pair."""
     for rows in zip(*made, strict=True):
         value = sum(row.value or 0.0 for row in rows) / len(rows)
         errors = [row.stderr for row in rows if row.stderr is not None]
         whole = replace(rows[0], value=value, n=sum(row.n or 0 for row in rows), stderr=None, low=None, high=None)
-        whole = replace(whole, documents=whole.n)
+        whole = replace(whole, documents=whole.n, data=data)
         if len(errors) == len(rows):
             error = float(np.sqrt(np.square(errors).sum())) / len(rows)
             whole = replace(whole, stderr=error, low=value - 1.96 * error, high=value + 1.96 * error)

@@ -130,6 +130,12 @@ class View:
         return weight
 
     @property
+    def pad_id(self) -> int:
+        """The id that fills short rows: the config's, or 0 where it names none that the vocabulary has."""
+        pad = self.model.config.pad_token_id
+        return pad if isinstance(pad, int) and 0 <= pad < self.vocab_size else 0
+
+    @property
     def has_head(self) -> bool:
         """Whether the model ends in logits over the vocabulary."""
         return self.model.get_output_embeddings() is not None
