@@ -12,7 +12,7 @@ MODELS = minilm smollm2
 TOKENS = 12000
 OUT = out
 TWINS = vanilla wider cea avg_k jreg
-TWIN_TOKENS = 100000
+TWIN_TOKENS = 40960
 
 .PHONY: run measured twins test results judge setup check fix bench clean
 
@@ -20,15 +20,16 @@ run: setup $(MODELS:%=material/%/config.json)
 	@rm -rf $(addprefix $(OUT)/,$(MODELS) texts corpus twins judged compared)
 	@$(MAKE) --no-print-directory measured twins
 	@$(BIN)/transect report $(OUT)/compared $(TWINS:%=$(OUT)/twins/%) $(OUT)/judged $(MODELS:%=$(OUT)/%) -o $(OUT)/report.html
-	@echo "== open $(OUT)/report.html in a browser. In it: the five twins compared at equal loss, what they do on the tasks of"
-	@echo "   the suite quick, how they trained, and what the layers of the real encoder and decoder do."
+	@echo "== open $(OUT)/report.html in a browser. In it: the five twins compared at equal loss, what they do on two tasks,"
+	@echo "   how they trained, and what the layers of the real encoder and decoder do."
 	@echo "   One seed each is a demonstration and no verdict; make judge trains three."
 
 measured:
 	@echo "== measure a real encoder and a real decoder on the built-in text, $(TOKENS) tokens each"
-	@for model in $(MODELS); do \
-		$(BIN)/transect measure material/$$model --limit-tokens $(TOKENS) --set contribution.lens_tokens=1024 \
-			--output $(OUT)/$$model || exit 1; done
+	@$(BIN)/transect measure material/minilm --limit-tokens $(TOKENS) --output $(OUT)/minilm
+	@$(BIN)/transect measure material/smollm2 --limit-tokens $(TOKENS) --output $(OUT)/smollm2 \
+		--set "nonlinearity.elements=[ffn,attn,layer]" --set "nonlinearity.cosine=[]" \
+		--set "contribution.estimators=[token_prediction,lens_loss]" --set contribution.lens_tokens=256
 
 twins:
 	@echo "== pre-train five twins on $(TWIN_TOKENS) tokens of the built-in text each, with probes on the way"
@@ -37,11 +38,12 @@ twins:
 		ood/python_source=$(OUT)/texts/python_source.jsonl.gz --vocab-size 2048 --valid-fraction 0.1 -o $(OUT)/corpus
 	@for twin in $(TWINS); do \
 		$(BIN)/transect train demo-$$twin --data $(OUT)/corpus -o $(OUT)/twins/$$twin --set train.tokens=$(TWIN_TOKENS) \
-			--set train.schedule.kind=constant --set train.evaluation.every=5 --set train.evaluation.tokens=2048 \
-			--set "train.probes=[{probe: jump, every: 16, tokens: 4096}]" || exit 1; done
+			--set train.batch_size=8 --set train.schedule.kind=constant --set train.evaluation.every=8 \
+			--set train.evaluation.tokens=2048 --set "train.probes=[{probe: jump, every: 20, tokens: 2048}]" || exit 1; done
 	@echo "== judge and compare them"
-	@$(BIN)/transect evaluate $(TWINS:%=$(OUT)/twins/%) --suite quick -o $(OUT)/judged
-	@$(BIN)/transect compare $(TWINS:%=$(OUT)/twins/%) --by loss,steps,seconds -o $(OUT)/compared
+	@$(BIN)/transect evaluate $(TWINS:%=$(OUT)/twins/%) --task minimal_pairs:word_order --set minimal_pairs.limit=150 \
+		--task linear_probe:era --set linear_probe.limit_training=400 --set linear_probe.limit_test=200 -o $(OUT)/judged
+	@$(BIN)/transect compare $(TWINS:%=$(OUT)/twins/%) --by loss,steps -o $(OUT)/compared
 
 EDITS = --probe commutativity --probe ablation
 results: setup $(MODELS:%=material/%/config.json)

@@ -4,6 +4,7 @@ import math
 import xml.etree.ElementTree
 from collections.abc import Iterator
 
+import altair as alt
 import numpy as np
 import vl_convert
 
@@ -167,7 +168,14 @@ def about(metric: str, value: float, unit: str, stderr: float, **columns) -> Row
 def figures_by_name(probe: str, rows: list[Row]) -> dict[str, Figure]:
     found = figures_of(probe, pick_of(probe, rows))
     assert len({figure.name for figure in found}) == len(found)
+    for figure in found:
+        assert_valid(figure)
     return {figure.name: figure for figure in found}
+
+
+def assert_valid(figure: Figure) -> None:
+    """Vega-Lite's schema allows the figure's specification; altair raises where it does not."""
+    alt.Chart.from_dict(figure.spec, validate=True)
 
 
 def pick_of(probe: str, rows: list[Row]) -> Pick:
@@ -177,6 +185,7 @@ def pick_of(probe: str, rows: list[Row]) -> Pick:
 
 def drawn(figure: Figure, rows: list[Row], kind: str) -> list[dict[str, str]]:
     """What the marks of one kind say of themselves when the figure is drawn from all rows."""
+    assert_valid(figure)
     records = [{name: value for name, value in one.items() if value is not None} for one in to_records(rows)]
     svg = vl_convert.vegalite_to_svg(with_data(figure, records), vl_version=VEGA_LITE)
     marks = [

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from report_rows import assert_valid
 from transect.errors import InputError
 from transect.report import write_report
 from transect.report.figures import figures_of, key_numbers_of
@@ -191,6 +192,9 @@ def test_known_probes_have_their_figures():
         "nonlinearity": 16,
         "similarity": 5,
     }
+    for section in sections.values():
+        for figure in section.figures:
+            assert_valid(figure)
     titles = [figure.title for figure in sections["nonlinearity"].figures]
     assert "R² held out, every element: encoder" in titles
     notes = " ".join(figure.note for figure in sections["nonlinearity"].figures)

@@ -11,12 +11,12 @@ from transect.comparing.sentences import sentences
 
 
 def compare_runs(runs: Sequence[Path], at_loss: str, by: str, baseline: str | None, output: Path | None) -> Comparison:
-    """Compare, print tables, sentences and notes, and write the rows where a folder is given."""
+    """Compare, print tables, sentences of the main alignments and notes, and write the rows where a folder is given."""
     console = Console()
     named = tuple(word.strip() for word in by.split(",") if word.strip())
     found = compare(runs, at_loss, named, baseline, output)
     print_comparison(found.table, found.alignments, found.findings, console)
-    for sentence in sentences(one for one in found.findings if one.quantity.headline):
+    for sentence in sentences(one for one in found.findings if one.alignment.main and one.quantity.headline):
         console.print(sentence, highlight=False, markup=False)
     for note in found.notes:
         console.print(f"note    {note}", highlight=False, markup=False)

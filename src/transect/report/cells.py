@@ -72,4 +72,4 @@ def pair_facets(pick: Pick, values: Values, edges: tuple[Field, Field], columns:
     facet = alt.Facet(f"{name.name}:N", sort=names, header=alt.Header(title=None, labelPadding=4))
     # The facets come of the rows of the whole chart, so these have to be picked there.
     chart = picked(maps.facet(facet=facet, columns=columns, spacing=_FACET_GAP), pick, *edges, name)
-    return bare(chart.transform_filter(_PRESENT).to_dict())
+    return bare(chart.transform_filter(_PRESENT).to_dict(validate=False))
