@@ -12,12 +12,13 @@ MODELS = minilm smollm2
 TOKENS = 12000
 OUT = out
 TWINS = vanilla wider cea avg_k jreg
-TWIN_TOKENS = 40960
+TWIN_TOKENS = 32768
+TEXTS = python_docs python_source
 
 .PHONY: run measured twins test results judge setup check fix bench clean
 
-run: setup $(MODELS:%=material/%/config.json)
-	@rm -rf $(addprefix $(OUT)/,$(MODELS) texts corpus twins judged compared)
+run: setup $(MODELS:%=material/%/config.json) $(TEXTS:%=material/%.jsonl.gz)
+	@rm -rf $(addprefix $(OUT)/,$(MODELS) corpus twins judged compared)
 	@$(MAKE) --no-print-directory measured twins
 	@$(BIN)/transect report $(OUT)/compared $(TWINS:%=$(OUT)/twins/%) $(OUT)/judged $(MODELS:%=$(OUT)/%) -o $(OUT)/report.html
 	@echo "== open $(OUT)/report.html in a browser. In it: the five twins compared at equal loss, what they do on two tasks,"
@@ -26,23 +27,23 @@ run: setup $(MODELS:%=material/%/config.json)
 
 measured:
 	@echo "== measure a real encoder and a real decoder on the built-in text, $(TOKENS) tokens each"
-	@$(BIN)/transect measure material/minilm --limit-tokens $(TOKENS) --output $(OUT)/minilm
+	@$(BIN)/transect measure material/minilm --limit-tokens $(TOKENS) --output $(OUT)/minilm \
+		--set contribution.lens_tokens=1024
 	@$(BIN)/transect measure material/smollm2 --limit-tokens $(TOKENS) --output $(OUT)/smollm2 \
 		--set "nonlinearity.elements=[ffn,attn,layer]" --set "nonlinearity.cosine=[]" \
-		--set "contribution.estimators=[token_prediction,lens_loss]" --set contribution.lens_tokens=256
+		--set "contribution.estimators=[lens_loss]" --set contribution.lens_tokens=256
 
 twins:
 	@echo "== pre-train five twins on $(TWIN_TOKENS) tokens of the built-in text each, with probes on the way"
-	@for name in python_docs python_source; do $(BIN)/transect fetch $$name -o $(OUT)/texts || exit 1; done
-	@$(BIN)/transect data prepare builtin ood/python_docs=$(OUT)/texts/python_docs.jsonl.gz \
-		ood/python_source=$(OUT)/texts/python_source.jsonl.gz --vocab-size 2048 --valid-fraction 0.1 -o $(OUT)/corpus
+	@$(BIN)/transect data prepare builtin $(foreach name,$(TEXTS),ood/$(name)=material/$(name).jsonl.gz) \
+		--vocab-size 2048 --valid-fraction 0.1 -o $(OUT)/corpus
 	@for twin in $(TWINS); do \
 		$(BIN)/transect train demo-$$twin --data $(OUT)/corpus -o $(OUT)/twins/$$twin --set train.tokens=$(TWIN_TOKENS) \
-			--set train.batch_size=8 --set train.schedule.kind=constant --set train.evaluation.every=8 \
-			--set train.evaluation.tokens=2048 --set "train.probes=[{probe: jump, every: 20, tokens: 2048}]" || exit 1; done
+			$$(case $$twin in (wider|cea) echo --set model.ffn.multiple=16;; esac) --set train.batch_size=8 --set train.schedule.kind=constant \
+			--set train.evaluation.every=8 --set train.evaluation.tokens=2048 --set "train.probes=[{probe: jump, every: 16, tokens: 2048}]" || exit 1; done
 	@echo "== judge and compare them"
-	@$(BIN)/transect evaluate $(TWINS:%=$(OUT)/twins/%) --task minimal_pairs:word_order --set minimal_pairs.limit=150 \
-		--task linear_probe:era --set linear_probe.limit_training=400 --set linear_probe.limit_test=200 -o $(OUT)/judged
+	@$(BIN)/transect evaluate $(TWINS:%=$(OUT)/twins/%) --task minimal_pairs:word_order --set minimal_pairs.limit=100 \
+		--task linear_probe:era --set linear_probe.limit_training=300 --set linear_probe.limit_test=150 -o $(OUT)/judged
 	@$(BIN)/transect compare $(TWINS:%=$(OUT)/twins/%) --by loss,steps -o $(OUT)/compared
 
 EDITS = --probe commutativity --probe ablation
@@ -58,8 +59,7 @@ results: setup $(MODELS:%=material/%/config.json)
 
 SEEDS = 0 1 2
 DOMAINS = brown moby_dick licences python_docs
-judge: setup
-	@for name in speeches $(DOMAINS); do $(BIN)/transect fetch $$name -o material || exit 1; done
+judge: setup $(patsubst %,material/%.jsonl.gz,speeches $(DOMAINS))
 	@test -d data/judging || $(BIN)/transect data prepare train+valid/speeches=material/speeches.jsonl.gz \
 		$(foreach name,$(DOMAINS),ood/$(name)=material/$(name).jsonl.gz) --vocab-size 2048 --valid-fraction 0.1 -o data/judging
 	@for seed in $(SEEDS); do for twin in $(TWINS); do run=runs/judging/$$twin-$$seed; \
@@ -109,6 +109,10 @@ setup: .venv/ready
 
 material/%/config.json: | .venv/ready
 	@echo "== fetch the model $* (once)"
+	@$(BIN)/transect fetch $* -o material
+
+material/%.jsonl.gz: | .venv/ready
+	@echo "== fetch the text $* (once)"
 	@$(BIN)/transect fetch $* -o material
 
 clean:

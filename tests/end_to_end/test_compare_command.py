@@ -9,6 +9,8 @@ import transect as tx
 from compared_runs import T13, curve_rows, planted_run, study
 from report_rows import drawn, figures_by_name, values
 from shell import command
+from transect.report.page import sections_of
+from transect.report.records import to_records
 from transect.results import Row, Table
 
 EFFECTS = {"plain": lambda _: 0.0, "cea": lambda seed: -0.02 - 0.001 * seed, "wide": lambda seed: 0.01 * seed}
@@ -99,3 +101,5 @@ def test_a_comparison_beside_its_runs(runs: list[Path], rows: list[Row]):
     together = [*rows, *(row for run in runs for row in Table.read(run))]
     figure = figures_by_name("compare", together)["curves"]
     assert len(drawn(figure, together, "line mark")) == 9 + 3
+    section = next(one for one in sections_of(to_records(together)) if one.probe == "compare")
+    assert {name.split()[0] for name, _ in section.key_rows} == set(EFFECTS)

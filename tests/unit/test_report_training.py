@@ -169,7 +169,7 @@ def test_key_numbers_have_a_line_for_each_run():
     section = sections([*run("base", sparse=True, layers=2), *run("wide", worse=1.0)])["train"]
     found = {name: dict(zip(section.key_names, numbers, strict=True)) for name, numbers in section.key_rows}
     assert found["base"] == {
-        "steps": "40", "tokens": "163,840", "time": "0.01 h", "FLOPs": "4.00e+13", "last training loss": "1.58",
+        "steps": "40", "tokens": "163,840", "time": "0:00:20", "FLOPs": "4.00e+13", "last training loss": "1.58",
         "tokens/s, median": "8,025", "peak memory": "1.50 GiB", "skipped steps": "0",
         "last dead fraction, worst layer": "0.25", "last drop fraction, worst layer": "0",
     }  # fmt: skip

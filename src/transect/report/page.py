@@ -116,7 +116,7 @@ def _section(probe: str, records: list[Record]) -> Section:
     pick = Pick(own, _filters(own[0]))
     numbers = key_rows_of(probe, pick)
     names = list(dict.fromkeys(name for found in numbers.values() for name in found))
-    rows = [(series, [found.get(name, "–") for name in names]) for series, found in numbers.items()]
+    rows = [(series, [found.get(name, "–") for name in names]) for series, found in numbers.items() if found]
     missing = Counter(f"{record['metric']}: {record['reason']}" for record in own if record["value"] is None)
     return Section(probe, text_of(probe), figures_of(probe, pick), names, rows, missing.most_common())
 

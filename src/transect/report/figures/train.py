@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from datetime import timedelta
 
 from transect.report.cells import cells
 from transect.report.charts import Figure, spec_of
@@ -44,7 +45,7 @@ def key_numbers(pick: Pick) -> dict[str, str]:
     if last["tokens"] is not None:
         found["tokens"] = digits(last["tokens"])
     if last["seconds"] is not None:
-        found["time"] = f"{last['seconds'] / 3600:.2f} h"
+        found["time"] = str(timedelta(seconds=round(last["seconds"])))
     if last["flops"]:
         found["FLOPs"] = digits(last["flops"])
     found |= _last_numbers(pick)
