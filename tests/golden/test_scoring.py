@@ -88,6 +88,15 @@ def test_the_beginning_of_a_long_context_is_cut_off():
     np.testing.assert_allclose(found.nats, want, atol=1e-10)
 
 
+def test_a_masked_model_keeps_its_special_tokens_around_what_is_cut():
+    one = view("bert")
+    words = tokenizer(wrapped=True)
+    before, asked = list(range(5, 40)), [41, 42, 43]
+    request = Reader.of(Subject(view=one), length=11).request(before, asked)
+    assert request.ids.tolist() == [words.bos_token_id, *[*before, *asked][-9:], words.eos_token_id]
+    assert request.targets.tolist() == asked
+
+
 def test_what_cannot_be_asked_is_refused():
     reader = Reader.of(Subject(view=view()), length=11)
     assert len(reader.request([5], list(range(5, 16))).targets) == 11
