@@ -256,6 +256,11 @@ def test_masked_language_modelling_of_all_tokens_and_of_a_share(tmp_path: Path):
     assert 0.15 * tokens < row.n < 0.45 * tokens
     other = _rows(LanguageModelling(data="mine.jsonl", masked_share=0.3), one, tmp_path, seed=1)
     assert other["nats_per_token", "30% hidden one by one"].value != row.value
+    write_texts(tmp_path / "mine.jsonl", texts[:1])  # of one document the bytes are its own times the share asked for
+    share = _rows(LanguageModelling(data="mine.jsonl", masked_share=0.3), one, tmp_path)
+    bits, each = (share[name, "30% hidden one by one"].value for name in ("bits_per_byte", "nats_per_token"))
+    size = len(texts[0].encode()) * math.log(2)
+    assert bits / each == pytest.approx(len(_ids(texts[0])) / size, abs=1e-9)
 
 
 def test_text_is_cut_alike_for_every_model(tmp_path: Path):
