@@ -39,8 +39,9 @@ twins:
 		--vocab-size 2048 --valid-fraction 0.1 -o $(OUT)/corpus
 	@for twin in $(TWINS); do \
 		$(BIN)/transect train demo-$$twin --data $(OUT)/corpus -o $(OUT)/twins/$$twin --set train.tokens=$(TWIN_TOKENS) \
-			$$(case $$twin in (wider|cea) echo --set model.ffn.multiple=16;; esac) --set train.batch_size=8 --set train.schedule.kind=constant \
-			--set train.evaluation.every=8 --set train.evaluation.tokens=2048 --set "train.probes=[{probe: jump, every: 16, tokens: 2048}]" || exit 1; done
+			$$(case $$twin in (wider|cea) echo --set model.ffn.multiple=16;; esac) \
+			--set train.batch_size=8 --set train.schedule.kind=constant --set train.evaluation.every=8 \
+			--set train.evaluation.tokens=2048 --set "train.probes=[{probe: jump, every: 16, tokens: 2048}]" || exit 1; done
 	@echo "== judge and compare them"
 	@$(BIN)/transect evaluate $(TWINS:%=$(OUT)/twins/%) --task minimal_pairs:word_order --set minimal_pairs.limit=100 \
 		--task linear_probe:era --set linear_probe.limit_training=300 --set linear_probe.limit_test=150 -o $(OUT)/judged

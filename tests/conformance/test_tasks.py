@@ -13,9 +13,12 @@ import torch
 import transect as tx
 from corpora import documents, write_texts
 from judged import view
+from report_rows import assert_valid
 from transect import registry, suites
 from transect.errors import InputError, NotAtHand
 from transect.evaluate import evaluate
+from transect.report.page import sections_of
+from transect.report.records import to_records
 from transect.tasks.base import Subject, Task
 
 NAMES = registry.available("transect.tasks")
@@ -91,6 +94,10 @@ def test_rows_are_whole_repeat_and_leave_the_model_alone(name: str, folder: Path
         if row.low is not None and row.value is not None:
             assert row.low <= row.value + 1e-12 and row.value <= row.high + 1e-12, row
     assert any(row.value is not None for row in table)
+    for section in sections_of(to_records(table)):
+        assert section.figures or section.key_rows
+        for figure in section.figures:
+            assert_valid(figure)
     assert all(torch.equal(value, before[key]) for key, value in one.model.state_dict().items())
     assert [parameter.requires_grad for parameter in one.model.parameters()] == flags
     assert not one.model.training and all(parameter.grad is None for parameter in one.model.parameters())

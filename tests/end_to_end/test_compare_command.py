@@ -1,6 +1,7 @@
 """`transect compare` as a user has it: what it prints and leaves, what it refuses, and the page drawn of it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,10 @@ def test_what_is_printed_and_left(runs: list[Path], tmp_path: Path):
     }  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
     assert (config["kind"], config["by"], config["baseline"]) == ("comparison", ["loss", "steps"], "plain")
-    assert "lower by 0.021 [" in (folder / "compare.md").read_text()
+    written = (folder / "compare.md").read_text()
+    assert "lower by 0.021 [" in written
+    losses = [set(re.findall(r"At equal in-distribution loss ([\d.]+) nats, ", told)) for told in (text, written)]
+    assert len(losses[0]) == 1 < len(losses[1])  # the neighbouring losses are in the file alone
     assert Table.read(folder).rows == Table.read(folder / "rows.jsonl").rows
     again = command("compare", *runs, "-o", folder)
     assert again.code == 2 and "already holds a run" in again.err

@@ -192,6 +192,7 @@ def test_minimal_pairs_by_file_and_over_files(tmp_path: Path, name: str):
     for file in files:
         assert rows[file, "whole"].value == pytest.approx(want[file]) and rows[file, "whole"].n == counts[file]
     whole = rows[None, "whole"]
+    assert len({row.data for row in rows.values()}) == 3  # of each file, and of all
     assert whole.value == pytest.approx(np.mean(list(want.values()))) and whole.n == 10
     assert whole.stderr == pytest.approx(np.hypot(*(rows[file, "whole"].stderr for file in files)) / 2)
 

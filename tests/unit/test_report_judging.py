@@ -2,7 +2,7 @@
 
 import pytest
 
-from report_rows import about, drawn, values
+from report_rows import about, assert_valid, drawn, values
 from transect.report.figures import figures_of, key_rows_of
 from transect.report.page import write_report
 from transect.report.pick import Pick
@@ -48,6 +48,8 @@ def _pick(task: str, rows: list[Row]) -> Pick:
 def _figures(task: str, rows: list[Row]) -> dict:
     found = figures_of(task, _pick(task, rows))
     assert len({figure.name for figure in found}) == len(found)
+    for figure in found:
+        assert_valid(figure)
     return {figure.title: figure for figure in found}
 
 

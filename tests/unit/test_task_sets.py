@@ -133,6 +133,9 @@ def test_a_table_without_a_head_line(tmp_path: Path):
     one = _sets.data_set("glue_cola", "labelled")
     made = [one.read(record, number) for number, record in enumerate(one.records("test", [tmp_path]))]
     assert made == [{"text": 'They "drank it.', "label": "1"}, {"text": "They drank the.", "label": "0"}]
+    (tmp_path / "CoLA" / "dev.tsv").write_text("sentence\tlabel\nThey drank it.\t1\n")
+    with pytest.raises(InputError, match=r"dev\.tsv: record 1 has not the 4 columns origin, label, mark, sentence"):
+        one.records("test", [tmp_path])
 
 
 def test_hugging_face_data_sets_are_read(tmp_path: Path):

@@ -115,6 +115,12 @@ def _table(text: str, delimiter: str, columns: Sequence[str]) -> list[Record]:
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # GLUE's files have lone quotes
     try:
         rows = csv.DictReader(io.StringIO(text, newline=""), columns or None, delimiter=delimiter, quoting=quoting)
-        return [{str(k): v for k, v in row.items()} for row in rows]
+        records = [{str(k): v for k, v in row.items()} for row in rows]
     finally:
         csv.field_size_limit(before)
+    for number, record in enumerate(records if columns else [], start=1):
+        if len(record) != len(columns) or None in record.values():
+            raise ValueError(
+                f"record {number} has not the {len(columns)} columns {', '.join(columns)} without a head line"
+            )
+    return records

@@ -113,9 +113,18 @@ def _read(lens: Lens, states: Tensor, targets: Tensor) -> np.ndarray:
 def _rows(text: Documents, sums: np.ndarray, domain: str) -> Iterator[Row]:
     values, errors = bootstrap(sums, text.keys, lambda totals: totals[:, :-1] / totals[:, -1:], seed=0)
     layers = len(values) // 2
-    blank = Row(metric="", value=0.0, unit="", site="resid", domain=domain, split=text.split, n=int(sums[:, -1].sum()))
-    blank = replace(blank, data=named(domain, text.keys))
+    blank = Row(
+        metric="",
+        value=0.0,
+        unit="",
+        site="resid",
+        domain=domain,
+        split=text.split,
+        n=int(sums[:, -1].sum()),
+        documents=len(sums),
+        data=named(domain, text.keys),
+    )
     for number, (value, error) in enumerate(zip(values, errors, strict=True)):
         metric, unit = ("nats_per_token", "nats/token") if number < layers else ("agreement", "1")
-        row = replace(blank, metric=metric, unit=unit, layer=number % layers, documents=len(sums))
+        row = replace(blank, metric=metric, unit=unit, layer=number % layers)
         yield row.measured(float(value), error)
